@@ -1,0 +1,134 @@
+"""What every script needs and no model: command line, device and process group, seeds, log.
+
+One dataclass is the whole configuration of a script: its fields are the flags, presets are dicts.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Config = TypeVar("Config")
+Presets = Mapping[str, Mapping[str, Any]]
+
+
+def flag(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A field of a script's config: `--name`, with its help and the values that it may take."""
+    note = {"help": f"{help} (default: {default})", "choices": choices and list(choices)}
+    return field(default=default, metadata=note)
+
+
+def parse(
+    cls: type[Config], presets: Presets, doc: str | None, argv: list[str] | None = None
+) -> Config:
+    """Later wins: field defaults, then --preset, then flags. Unknown or ill-typed flags exit 2.
+
+    A field named `wavs` or `wav` is positional. The first preset is the default."""
+    parser = ArgumentParser(
+        description=doc,
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+    for f in fields(cls):  # type: ignore[arg-type]
+        help, choices = f.metadata["help"], f.metadata["choices"]
+        name = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(name, help=help, action=BooleanOptionalAction)
+        elif f.name == "wav":
+            parser.add_argument(f.name, help=help, type=Path, nargs="?")
+        else:
+            parser.add_argument(name, help=help, type=f.type, choices=choices)  # type: ignore[arg-type]
+    flags = vars(parser.parse_args(argv))
+    return cls(**{**presets[flags.pop("preset")], **flags})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; what the user gave us wrongly ends in one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """auto: cuda, else cpu. A name that this machine lacks is a ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not usable on this machine; try --device cpu") from e
+    return torch.device(name)
+
+
+def setup(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Return (rank, world, device); under torchrun also join the process group, see finish()."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, pick_device(device)
+    cuda = torch.cuda.is_available() and device != "cpu"
+    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, chosen
+
+
+def finish() -> None:
+    """Wait for every rank, then leave the group: a rank that leaves early can fail the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int = 0, world: int = 1) -> None:
+    """All randomness of a step follows from (seed, step, rank): a resumed run equals an
+    uninterrupted one to the bit, with no RNG state in the checkpoint."""
+    torch.manual_seed(seed + 10**6 * (step * world + rank))
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.03) -> float:
+    """Learning rate at step 1..steps: linear warm-up to `peak`, then half a cosine to floor*peak."""
+    if step <= warmup:
+        return peak * step / warmup
+    part = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+class Log:
+    """One line per logged step on the screen, with the time left, and the same in run/log.jsonl."""
+
+    def __init__(self, run: Path, name: str, steps: int, first: int = 0) -> None:
+        self.run, self.name, self.steps, self.first = run, name, steps, first
+        self.start = time.monotonic()
+        run.mkdir(parents=True, exist_ok=True)
+
+    def row(self, step: int, **values: float | torch.Tensor) -> None:
+        """Tensors are read here, and only here: reading one waits for the GPU."""
+        plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        spent = time.monotonic() - self.start
+        left = spent / max(1, step - self.first) * (self.steps - step)
+        text = " | ".join(f"{k} {v:.4g}" for k, v in plain.items())
+        print(f"{self.name} {step}/{self.steps} | {text} | {clock(left)} left", flush=True)
+        with open(self.run / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **plain, "seconds": round(spent, 2)}) + "\n")
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> '1:15'"""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

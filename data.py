@@ -1,0 +1,197 @@
+"""Datasets and batches: where audio and text come from, and how they reach a training step.
+
+    built-in corpus | LibriSpeech folder | TSV/JSONL manifest --> list[Item]   audio is read when asked for
+    list[Item] --prepare--> Ragged       tensors of different lengths, concatenated, memory-mapped from disk
+    lengths --Batches--> indices of step s     every item once per epoch, similar lengths together
+    list of tensors --pad--> (B, longest, ...), lengths (B,)
+
+Which items a step sees follows from (seed, step) alone, so that a resumed run sees the same ones.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import audio
+import synth
+from common import clock
+
+CACHE = Path(__file__).parent / ".cache"
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One utterance. `utterance` holds the true word times and prosody of the built-in corpus."""
+
+    key: str
+    text: str
+    speaker: str
+    read: Callable[[], tuple[Tensor, int]]  # -> wav (S,) float32, rate in Hz
+    utterance: synth.Utterance | None = None
+
+    def wav(self, rate: int) -> Tensor:
+        """(S,) float32 at `rate` Hz."""
+        wav, own = self.read()
+        return audio.resample(wav, own, rate)
+
+
+def builtin(corpus: synth.Corpus, split: str) -> list[Item]:
+    """The utterances of one split of the built-in corpus, see synth.py."""
+
+    def reader(utt: synth.Utterance) -> Callable[[], tuple[Tensor, int]]:
+        return lambda: (corpus.audio(utt), synth.RATE)
+
+    return [
+        Item(f"{split}-{i:05d}", u.text, u.voice, reader(u), u)
+        for i, u in enumerate(corpus.split(split))
+    ]
+
+
+def from_file(key: str, text: str, speaker: str, path: Path) -> Item:
+    return Item(key, text, speaker, lambda: audio.read_with_rate(path))
+
+
+def librispeech(root: Path) -> list[Item]:
+    """root/**/SPEAKER-CHAPTER.trans.txt with lines `KEY TEXT`, and KEY.flac beside each."""
+    items = []
+    for transcript in sorted(Path(root).rglob("*.trans.txt")):
+        for line in transcript.read_text().splitlines():
+            key, _, text = line.partition(" ")
+            found = [p for s in AUDIO_SUFFIXES if (p := transcript.parent / (key + s)).is_file()]
+            if not found:
+                raise FileNotFoundError(f"{transcript}: names {key}, but no {key}.flac lies beside it")
+            items.append(from_file(key, text.strip().lower(), key.split("-")[0], found[0]))
+    if not items:
+        raise FileNotFoundError(f"{root}: no *.trans.txt below it; wanted a LibriSpeech folder")
+    return items
+
+
+def manifest(path: Path) -> list[Item]:
+    """A .tsv with a header, or a .jsonl: columns audio (path, relative to the file), text, and
+    optionally speaker and key."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest")
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in lines]
+    else:
+        header = lines[0].split("\t")
+        rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
+    items = []
+    for i, row in enumerate(rows):
+        if not row.get("audio") or not row.get("text"):
+            raise ValueError(f"{path}: entry {i + 1} has {sorted(row)}; wanted audio and text")
+        file = path.parent / row["audio"]
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: entry {i + 1} names {file}, which does not exist")
+        key = row.get("key", file.stem)
+        items.append(from_file(key, row["text"].strip(), row.get("speaker", "unknown"), file))
+    return items
+
+
+class Ragged:
+    """Named tensors of many items, e.g. mel (F_i, M) of item i; read from disk when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = safe_open(folder / "features.safetensors", framework="pt")
+        self.names = sorted(k.removesuffix(".ends") for k in self.file.keys() if k.endswith(".ends"))
+        self.ends = {name: self.file.get_tensor(name + ".ends").tolist() for name in self.names}
+        self.slices = {name: self.file.get_slice(name) for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.ends[self.names[0]])
+
+    def get(self, name: str, i: int) -> Tensor:
+        ends = self.ends[name]
+        return self.slices[name][(ends[i - 1] if i else 0) : ends[i]]
+
+    def lengths(self, name: str) -> list[int]:
+        ends = self.ends[name]
+        return [b - a for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def prepare(
+    items: Sequence[Item], compute: Callable[[Item], dict[str, Tensor]], tag: str, what: str = "features"
+) -> Ragged:
+    """Compute tensors of all items once and keep them on disk.
+
+    tag: says everything that the result depends on (corpus, models, settings); another tag is
+    another folder. The folder is written aside and renamed, so it is complete or absent."""
+    folder = CACHE / "features" / hashlib.sha256(tag.encode()).hexdigest()[:16]
+    if not folder.exists():
+        parts: dict[str, list[Tensor]] = {}
+        start = last = time.monotonic()
+        for i, item in enumerate(items):
+            for name, tensor in compute(item).items():
+                parts.setdefault(name, []).append(tensor)
+            if (now := time.monotonic()) - last > 5:
+                left = (now - start) / (i + 1) * (len(items) - i - 1)
+                print(f"{what}: {i + 1}/{len(items)} utterances | {clock(left)} left", flush=True)
+                last = now
+        flat = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        for name, tensors in parts.items():
+            flat[name + ".ends"] = torch.tensor([len(t) for t in tensors]).cumsum(0)
+        partial = folder.with_name(f".partial_{folder.name}_{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(flat, partial / "features.safetensors")
+        (partial / "tag.txt").write_text(tag + "\n")
+        if not folder.exists():
+            os.replace(partial, folder)
+    return Ragged(folder)
+
+
+class Batches:
+    """batches(step) -> item indices of that step, step = 1, 2, ...
+
+    Each epoch sorts by length with some noise, cuts batches of similar length and shuffles them."""
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, world: int = 1) -> None:
+        if not lengths:
+            raise ValueError("no utterances to train on")
+        self.lengths = torch.tensor(lengths, dtype=torch.float)
+        self.size, self.seed = min(size, len(lengths)), seed
+        self.per_epoch = -(-len(lengths) // self.size)
+        self.epoch, self.order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> list[int]:
+        epoch, index = divmod(step - 1, self.per_epoch)
+        if epoch != self.epoch:
+            rng = torch.Generator().manual_seed(self.seed * 1000003 + epoch)
+            noise = 1 + 0.1 * torch.rand(len(self.lengths), generator=rng)
+            self.sorted = (self.lengths * noise).argsort()
+            self.order = torch.randperm(self.per_epoch, generator=rng)
+            self.epoch = epoch
+        first = int(self.order[index]) * self.size
+        return self.sorted[first : first + self.size].tolist()
+
+
+def pad(tensors: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
+    """n tensors (n_i, ...) -> (B, longest, ...) filled up with `value`, lengths (B,) int64."""
+    lengths = torch.tensor([len(t) for t in tensors])
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), True, value), lengths
+
+
+def keep_mask(lengths: Tensor, longest: int | None = None) -> Tensor:
+    """lengths (B,) -> keep (B, longest) bool, True = real."""
+    n = int(lengths.max()) if longest is None else longest
+    return torch.arange(n, device=lengths.device) < lengths[:, None]
+
+
+if __name__ == "__main__":
+    batches = Batches([5, 9, 2, 7, 3, 8], size=2, seed=0)
+    print("indices of steps 1 to 4:", [batches(step) for step in range(1, 5)])
+    x, lengths = pad([torch.ones(3, 4), torch.ones(5, 4)])
+    print(f"padded {(*x.shape,)}, lengths {lengths.tolist()}, keep {(*keep_mask(lengths).shape,)}")

@@ -1,0 +1,460 @@
+"""Train every foundation model of the tiny bundle on the built-in corpus, each step resumable.
+
+    python train_tiny.py                    all of them, in order, into weights/tiny
+    python train_tiny.py --only hift        one of them; run again after an interruption: it goes on
+
+    asr      Whisper encoder + decoder        words, phones, word-aligned attention
+    s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel from each unit
+    speaker  CAM++                            which voice
+    hift     mel -> wav                       STFT and mel losses, then discriminators
+    flow     units + voice -> mel             flow matching + direct regression
+    lm       Llama over text                  next token
+
+The tokenizer and the spoken LM on top are trained by train_tokenizer.py and train_lm.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import audio
+import synth
+import text
+from common import Log, cosine, flag, parse, pick_device, run, seed_step
+from data import Batches, Item, Ragged, builtin, keep_mask, pad, prepare
+from flow import TINY as FLOW
+from flow import Flow
+from hift import TINY as HIFT
+from hift import HiFT
+from llm import TINY as LM
+from llm import Llama
+from metrics import wer
+from pitch import pitch
+from s3_units import TINY as S3
+from s3_units import S3Units
+from speaker import TINY as SPEAKER
+from speaker import CAMPlus
+from weights import load_checkpoint, load_model, save_checkpoint, save_model, write_atomic
+from whisper_dec import TINY as DECODER
+from whisper_dec import WhisperDecoder, transcribe
+from whisper_enc import TINY as ENCODER
+from whisper_enc import WhisperEncoder
+
+UNIT_S = 0.04  # seconds per encoder frame and per unit
+STAGES = ("asr", "s3", "speaker", "hift", "flow", "lm")
+STEPS = {"asr": 5000, "s3": 5000, "speaker": 600, "hift": 12000, "flow": 6000, "lm": 4000}
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = flag(Path("weights/tiny"), "the bundle: one model folder per stage")
+    runs: Path = flag(Path("runs/tiny"), "checkpoints and logs")
+    only: str = flag("all", "which model to train", choices=("all", *STAGES))
+    utterances: int = flag(8000, "training utterances of the built-in corpus")
+    scale: float = flag(1.0, "multiplies the number of steps of every stage")
+    seed: int = flag(0, "weights, batches and dropout follow from (seed, step)")
+    save_every: int = flag(500, "steps between two checkpoints")
+    threads: int = flag(2, "CPU threads")
+    bf16: bool = flag(True, "bf16 autocast for the transformers")
+    device: str = flag("auto", "auto, cpu or cuda")
+
+
+PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
+
+
+@dataclass
+class Corpus:
+    """One split of the built-in corpus with its features at hand."""
+
+    corpus: synth.Corpus
+    items: list[Item]
+    store: Ragged  # mel (F, 80) fp16, f0 (F,) Hz fp16, phones (F,) int16; 100 frames a second
+    asr: text.Tokenizer
+
+    def mel(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """-> mel (B, 80, F), lengths (B,)"""
+        mel, lengths = pad([self.store.get("mel", i).float() for i in indices])
+        return mel.transpose(1, 2), lengths
+
+    def frames(self, name: str, indices: list[int]) -> Tensor:
+        """A per-frame target at the rate of units: (B, T), -1 at padding."""
+        return pad([self.store.get(name, i)[2::4].float() for i in indices], -1)[0]
+
+
+def load_corpus(cfg: Config, split: str, asr: text.Tokenizer) -> Corpus:
+    corpus = synth.load(n_train=cfg.utterances)
+    items = builtin(corpus, split)
+    symbols = {symbol: i for i, symbol in enumerate(corpus.phones)}
+
+    def compute(item: Item) -> dict[str, Tensor]:
+        wav = item.wav(audio.WHISPER_RATE)
+        mel = audio.whisper_mel(wav).T  # (F, 80)
+        f0 = pitch(wav, audio.WHISPER_RATE, audio.WHISPER_HOP)
+        starts = torch.tensor([round(100 * p.start_s) for p in item.utterance.phones])
+        ids = torch.tensor([symbols[p.symbol] for p in item.utterance.phones])
+        frame = torch.searchsorted(starts, torch.arange(len(mel)), right=True) - 1
+        return {"mel": mel.half(), "f0": f0[: len(mel)].half(), "phones": ids[frame.clamp(min=0)].short()}
+
+    store = prepare(items, compute, f"train_tiny 1 {corpus.digest} {split}", f"features of {split}")
+    return Corpus(corpus, items, store, asr)
+
+
+def fit(
+    cfg: Config,
+    name: str,
+    state: dict[str, Any],
+    update: Callable[[int, int], dict[str, Tensor]],
+    check: Callable[[], dict[str, float]],
+) -> None:
+    """Run update(step, steps) to the end of STEPS[name], from the newest checkpoint if there is one."""
+    steps, run_dir = max(2, round(STEPS[name] * cfg.scale)), cfg.runs / name
+    first = load_checkpoint(run_dir, state)["step"] if [*run_dir.glob("step_*")] else 0
+    log = Log(run_dir, name, steps, first)
+    for step in range(first + 1, steps + 1):
+        seed_step(cfg.seed, step)
+        values = update(step, steps)
+        if step % 50 == 0 or step == steps:
+            log.row(step, **values)
+        if step % cfg.save_every == 0 or step == steps:
+            log.row(step, **check())
+            save_checkpoint(run_dir, state, {"step": step, "config": vars(cfg)})
+
+
+def descend(loss: Tensor, opt: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> Tensor:
+    """One optimizer step at `lr`; returns the gradient norm. A loss that is not finite is an error."""
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    for group in opt.param_groups:
+        group["lr"] = lr
+    opt.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
+    opt.step()
+    return norm
+
+
+def align_targets(corpus: Corpus, indices: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """-> ids (B, N) with bos .. eos, -1 at padding; span (B, N - 1, T) bool: the frames in which
+    the word of the token that position n predicts is spoken; framewise phones (B, T)."""
+    ids, spans = [], []
+    centre = (torch.arange(frames) + 0.5) * UNIT_S
+    for i in indices:
+        item = corpus.items[i]
+        words = text.split_words(item.text)
+        pieces = [corpus.asr.encode(" " + word) for word in words]
+        ids.append(torch.tensor([text.BOS, *(p for piece in pieces for p in piece), text.EOS]))
+        span = [
+            (centre > w.start_s - UNIT_S) & (centre < w.end_s + UNIT_S)
+            for w, piece in zip(item.utterance.words, pieces, strict=True)
+            for _ in piece
+        ]
+        spans.append(torch.stack([*span, torch.ones(frames, dtype=torch.bool)]))  # eos: anywhere
+    return pad(ids, -1)[0], pad(spans)[0], corpus.frames("phones", indices).long()
+
+
+def train_asr(cfg: Config, device: torch.device) -> None:
+    """Cross-entropy + phones from the middle layer + two heads that must look at the word.
+
+    Without the last two a corpus of hours does not teach attention to align."""
+    asr = tokenizer("asr")
+    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    enc, dec = WhisperEncoder(ENCODER).to(device), WhisperDecoder(DECODER).to(device)
+    phone = nn.Linear(ENCODER.width, len(train.corpus.phones)).to(device)
+    model = nn.ModuleDict({"enc": enc, "dec": dec, "phone": phone})
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    batches = Batches(train.store.lengths("mel"), 16, cfg.seed)
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        indices = batches(step)
+        mel, lengths = train.mel(indices)
+        mel = mel + 0.05 * torch.rand(len(mel), 1, 1) * torch.randn_like(mel)
+        ids, span, phones = align_targets(train, indices, ENCODER.frames(mel.shape[2]))
+        target, inputs = ids[:, 1:], ids[:, :-1].clamp(min=0)
+        dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != text.BOS)
+        inputs = inputs.masked_fill(dropped, text.UNK)  # listen, do not guess from the words before
+        mel_keep = keep_mask(lengths)
+        keep = mel_keep[:, :: ENCODER.stride]
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            last, taps = enc(mel.to(device), mel_keep.to(device), taps=(2,))
+            hidden, maps = dec(inputs.to(device), last, keep=keep.to(device), need_weights=True)
+            logits, phone_logits = dec.logits(hidden), phone(taps[2])
+        inside = (maps[:, -1, :2] * span[:, None].to(device)).sum(-1)  # (B, 2, N)
+        words = (target >= 0)[:, None].expand_as(inside).to(device)
+        losses = {
+            "ce": cross_entropy(logits, target.to(device)),
+            "phone": cross_entropy(phone_logits, phones.to(device)),
+            "guide": -inside.clamp(min=1e-4).log()[words].mean(),
+        }
+        total = losses["ce"] + losses["phone"] + 0.3 * losses["guide"]
+        norm = descend(total, opt, cosine(step, steps, 1.5e-3, 200))
+        return losses | {"norm": norm}
+
+    def check() -> dict[str, float]:
+        model.eval()
+        said = [t for part in chunks(range(len(dev.items)), 50) for t in recognize(enc, dec, dev, part)]
+        model.train()
+        return {"dev_wer": wer([item.text for item in dev.items], said)}
+
+    fit(cfg, "asr", {"model": model, "opt": opt}, update, check)
+    pair = nn.ModuleDict({"encoder": enc, "decoder": dec})
+    save_model(cfg.out / "asr", pair, {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)}, FP16)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """logits (B, N, V), target (B, N) with -1 = no target -> mean, in nats, in fp32."""
+    n = min(logits.shape[1], target.shape[1])
+    return F.cross_entropy(logits[:, :n].float().flatten(0, 1), target[:, :n].flatten(), ignore_index=-1)
+
+
+def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [list(indices[i : i + size]) for i in range(0, len(indices), size)]
+
+
+@torch.inference_mode()
+def recognize(enc: WhisperEncoder, dec: WhisperDecoder, corpus: Corpus, indices: list[int]) -> list[str]:
+    mel, lengths = corpus.mel(indices)
+    mel_keep = keep_mask(lengths)
+    device = next(enc.parameters()).device
+    last, _ = enc(mel.to(device), mel_keep.to(device))
+    keep = mel_keep[:, :: ENCODER.stride].to(device)
+    rows = transcribe(dec, last, keep, prefix=(text.BOS,), eos=text.EOS, max_new=40)
+    return [corpus.asr.decode(row) for row in rows]
+
+
+def train_s3(cfg: Config, device: torch.device) -> None:
+    """Each unit alone must tell phone, pitch relative to the speaker, voicing and four mel frames.
+
+    Departs from CosyVoice, where recognition is the only teacher: at this size such units keep
+    no pitch, and then no tokenizer above them can."""
+    asr = tokenizer("asr")
+    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    model = S3Units(S3).to(device)
+    heads = nn.ModuleDict(
+        {
+            "phone": nn.Linear(S3.width, len(train.corpus.phones)),
+            "pitch": nn.Linear(S3.width, 2),
+            "mel": nn.Linear(S3.width, 4 * S3.n_mels),
+        }
+    ).to(device)
+    opt = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98))
+    batches = Batches(train.store.lengths("mel"), 16, cfg.seed)
+    centre = voice_pitch(train)
+
+    def targets(corpus: Corpus, indices: list[int]) -> tuple[Tensor, ...]:
+        f0 = corpus.frames("f0", indices)  # (B, T), -1 at padding
+        own = torch.stack([centre[corpus.items[i].speaker] for i in indices])[:, None]
+        relative = (f0.clamp(min=1).log() - own) * 4  # about unit variance
+        return corpus.frames("phones", indices).long(), f0, relative
+
+    def losses_of(corpus: Corpus, indices: list[int]) -> dict[str, Tensor]:
+        mel, lengths = corpus.mel(indices)
+        mel = F.pad(mel, (0, -mel.shape[2] % 4))
+        phones, f0, relative = (t.to(device) for t in targets(corpus, indices))
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            h, keep = model.features(mel.to(device), lengths.to(device))
+        _, q, commit = model.quantize(h, keep)
+        q = q * S3.width**0.5  # (B, T, C), unit variance
+        pitch_out, n = heads["pitch"](q).float(), phones.shape[1]
+        wanted = mel.to(device).unflatten(2, (-1, 4)).permute(0, 2, 3, 1).flatten(2)  # (B, T, 4 M)
+        real, voiced = f0 >= 0, f0 > 0
+        pred, voicing = pitch_out[:, :n, 0], pitch_out[:, :n, 1]
+        return {
+            "phone": cross_entropy(heads["phone"](q), phones),
+            "f0": (pred - relative)[voiced].square().mean(),
+            "voicing": F.binary_cross_entropy_with_logits(voicing[real], voiced[real].float()),
+            "mel": (heads["mel"](q) - wanted)[keep].abs().mean(),
+            "commit": commit,
+        }
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        losses = losses_of(train, batches(step))
+        total = losses["phone"] + losses["f0"] + 0.5 * losses["voicing"] + 3 * losses["mel"] + losses["commit"]
+        descend(total, opt, cosine(step, steps, 1.5e-3, 200))
+        return losses
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        model.eval()
+        parts = [losses_of(dev, part) for part in chunks(range(len(dev.items)), 50)]
+        units = [model(*dev.mel(part))[0] for part in chunks(range(len(dev.items)), 50)]
+        model.train()
+        used = torch.cat([u[u >= 0] for u in units]).bincount(minlength=S3.codes).float()
+        share = used[used > 0] / used.sum()
+        means = {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
+        return means | {"perplexity": float((-(share * share.log()).sum()).exp())}
+
+    fit(cfg, "s3", {"model": model, "heads": heads, "opt": opt}, update, check)
+    save_model(cfg.out / "s3", model, S3, FP16)
+
+
+def voice_pitch(corpus: Corpus) -> dict[str, Tensor]:
+    """Mean log F0 of each voice, from its first 40 utterances."""
+    found: dict[str, list[Tensor]] = {}
+    for i, item in enumerate(corpus.items):
+        if len(parts := found.setdefault(item.speaker, [])) < 40:
+            f0 = corpus.store.get("f0", i).float()
+            parts.append(f0[f0 > 0].log())
+    return {voice: torch.cat(parts).mean() for voice, parts in found.items()}
+
+
+def train_speaker(cfg: Config, device: torch.device) -> None:
+    """Which of the training voices is it? Crops of 1 to 2 s; the classifier is thrown away."""
+    train = load_corpus(cfg, "train", tokenizer("asr"))
+    voices = {voice: i for i, voice in enumerate(sorted({item.speaker for item in train.items}))}
+    model, head = CAMPlus(SPEAKER).to(device), nn.Linear(SPEAKER.dim, len(voices)).to(device)
+    opt = torch.optim.AdamW([*model.parameters(), *head.parameters()], weight_decay=0.01)
+
+    def batch(frames: int) -> tuple[Tensor, Tensor]:
+        indices = torch.randint(len(train.items), (24,)).tolist()
+        banks = [fbank(train.items[i].wav(audio.WHISPER_RATE)) for i in indices]
+        crops = [crop(bank.repeat(-(-frames // len(bank)), 1), frames) for bank in banks]
+        labels = torch.tensor([voices[train.items[i].speaker] for i in indices])
+        return torch.stack(crops).to(device), labels.to(device)
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        x, labels = batch(100 + 10 * (step % 10))
+        scores = 12 * F.linear(F.normalize(model(x)), F.normalize(head.weight))  # cosine softmax
+        loss = F.cross_entropy(scores, labels)
+        descend(loss, opt, cosine(step, steps, 3e-3, 50))
+        return {"ce": loss, "accuracy": (scores.argmax(-1) == labels).float().mean()}
+
+    fit(cfg, "speaker", {"model": model, "head": head, "opt": opt}, update, dict)
+    save_model(cfg.out / "speaker", model, SPEAKER, FP16)
+
+
+def fbank(wav: Tensor) -> Tensor:
+    """wav (S,) at 16 kHz -> (F, 80), each bin's mean over time removed: what CAM++ takes."""
+    bank = audio.kaldi_fbank(wav)
+    return bank - bank.mean(0)
+
+
+def crop(x: Tensor, n: int) -> Tensor:
+    """x (S, ...) -> n consecutive rows from a random place."""
+    first = int(torch.randint(len(x) - n + 1, ()))
+    return x[first : first + n]
+
+
+def train_hift(cfg: Config, device: torch.device) -> None:
+    """True F0 drives the source; STFT and mel distance first, discriminators for the second half."""
+    train, dev = load_corpus(cfg, "train", tokenizer("asr")), load_corpus(cfg, "dev", tokenizer("asr"))
+    model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
+    init_for_training(model)
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
+    judge_opt = torch.optim.AdamW(judges.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
+    size = 40 * audio.VOCODER_HOP
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        indices = torch.randint(len(train.items), (16,)).tolist()
+        wavs = [train.items[i].wav(audio.VOCODER_RATE) for i in indices]
+        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs]).to(device)
+        mel = audio.vocoder_mel(wav)  # (B, 80, F)
+        f0 = pitch(wav, audio.VOCODER_RATE, audio.VOCODER_HOP)  # (B, F)
+        fake = model(mel, f0=f0)
+        full = (audio.vocoder_mel(wav, None), audio.vocoder_mel(fake, None))
+        losses = {
+            "mel": (full[0] - full[1]).abs().mean(),
+            "stft": stft_loss(fake, wav),
+            "f0": (model.f0(mel) - f0).abs().mean(),
+        }
+        total = 10 * losses["mel"] + 5 * losses["stft"] + 0.02 * losses["f0"]
+        lr = cosine(step, steps, 1.5e-3, 200)
+        if step > steps // 2:
+            judged = discriminator_loss(judges(wav), judges(fake.detach()))
+            descend(judged, judge_opt, lr / 4, clip=5.0)
+            says = judges(fake)
+            gan = adversarial_loss(says) + feature_loss(judges(wav), says)
+            losses |= {"judges": judged, "gan": gan}
+            total = total + gan
+        losses["norm"] = descend(total, opt, lr, clip=5.0)
+        return losses
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        pairs = []
+        for item in dev.items[:20]:
+            wav = item.wav(audio.VOCODER_RATE).to(device)
+            copy = model(audio.vocoder_mel(wav)[None])[0].cpu()
+            pairs.append((item.wav(audio.WHISPER_RATE), audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE)))
+        return {"dev_f0": mean_and_error([f0_correlation(a, b, warp=False) for a, b in pairs])[0]}
+
+    state = {"model": model, "judges": judges, "opt": opt, "judge_opt": judge_opt}
+    fit(cfg, "hift", state, update, check)
+    save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
+
+
+def train_flow(cfg: Config, device: torch.device) -> None:
+    """Units and voice vectors of the models above -> mel."""
+    train, dev = load_corpus(cfg, "train", tokenizer("asr")), load_corpus(cfg, "dev", tokenizer("asr"))
+    s3 = load_model(S3Units(S3), cfg.out / "s3")
+    speaker = load_model(CAMPlus(SPEAKER), cfg.out / "speaker")
+    digest = file_digest(cfg.out / "s3") + file_digest(cfg.out / "speaker")
+
+    @torch.inference_mode()
+    def compute(item: Item) -> dict[str, Tensor]:
+        wav = item.wav(audio.WHISPER_RATE)
+        return {
+            "mel": audio.vocoder_mel(item.wav(audio.VOCODER_RATE)).T.half(),
+            "units": s3.encode(audio.whisper_mel(wav)).short(),
+            "voice": speaker(fbank(wav)[None]),
+        }
+
+    stores = [
+        prepare(c.items, compute, f"train_tiny flow 1 {c.corpus.digest} {digest} {name}", f"units of {name}")
+        for c, name in ((train, "train"), (dev, "dev"))
+    ]
+    model = Flow(FLOW).to(device)
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    batches = Batches(stores[0].lengths("units"), 16, cfg.seed)
+
+    def loss_of(store: Ragged, indices: list[int]) -> dict[str, Tensor]:
+        units, unit_len = pad([store.get("units", i).long() for i in indices])
+        mel, mel_len = pad([store.get("mel", i).float() for i in indices], SILENCE)
+        voice = torch.cat([store.get("voice", i) for i in indices])
+        batch = (units, unit_len, mel.transpose(1, 2), mel_len, voice)
+        return model.loss(*(x.to(device) for x in batch))._asdict()
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            losses = loss_of(stores[0], batches(step))
+        norm = descend(losses["total"], opt, cosine(step, steps, 1e-3, 200))
+        return losses | {"norm": norm}
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        model.eval()
+        parts = [loss_of(stores[1], part) for part in chunks(range(len(dev.items)), 25)]
+        model.train()
+        return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
+
+    fit(cfg, "flow", {"model": model, "opt": opt}, update, check)
+    save_model(cfg.out / "flow", model, FLOW, FP16)
+
+
+def train_lm(cfg: Config, device: torch.device) -> None:
+    """Next-token prediction over fresh sentences of the grammar: no sentence is seen twice by plan."""
+    lm = tokenizer("lm")
+    held_out = synth.load(n_train=cfg.utterances).held_out()
+    model = Llama(LM).to(device)
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        """Streams of several documents: bos, then words one by one, as in the spoken LM."""
+        texts = synth.texts(4 * 48, seed, held_out)
+        rows = [" ".join(texts[i : i + 4]) for i in range(0, len(texts), 4)]
+        ids = pad([torch.tensor([text.BOS, *(p for w in text.split_words(row) for p in lm.encode(" " + w))]) for row in rows], -1)[0]
+        return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        inputs, target = batch(step + 10**6 * cfg.seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            logits = model.logits(model(model.embed(inputs)))
+        loss = cross_entropy(logits, target)
+        norm = descend(loss, opt, cosine(step, steps, 2e-3, 200))
+        return {"ce": loss, "norm": norm}
+
+    fit(cfg, "lm", {"model": model, "opt": opt}, update, dict)
+    save_model(cfg.out / "lm", model, LM, FP16)

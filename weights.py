@@ -1,0 +1,164 @@
+"""Model folders, strict loading and atomic checkpoints.
+
+    folder/config.json + folder/model.safetensors      a model, ours or public (single or sharded)
+    run/step_000500/{model.safetensors, optimizer.pt, meta.json}                  a checkpoint
+
+Weights enter one to one or not at all: every tensor of a file has exactly one place in the model
+and every place is filled; else one error lists all differences and the model is untouched. A name
+table maps public names to ours: {regex of the public name: our name}, see NAMES in the stages.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+Names = Mapping[str, str]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, a model folder (also sharded), or a .pt/.pth/.bin pickle.
+
+    Pickles are read with weights_only=True: they can hold tensors, never code."""
+    path = Path(path)
+    if path.is_dir():
+        if (index := path / "model.safetensors.index.json").exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {k: v for shard in shards for k, v in read_tensors(path / shard).items()}
+        return read_tensors(path / "model.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weight file; see README.md on where to get it")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as e:
+        raise ValueError(f"{path}: damaged or not a weight file ({e})") from e
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def rename(tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Public names -> ours. Each tensor must match exactly one row of `names`, or a regex in `skip`."""
+    ours: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        keys = [re.sub(row, new, name) for row, new in names.items() if re.fullmatch(row, name)]
+        if len(keys) == 1 and keys[0] not in ours:
+            ours[keys[0]] = tensor
+        elif keys or not any(re.fullmatch(row, name) for row in skip):
+            problems.append(f"{name}: maps to {keys or 'nothing'}, expected one free name")
+    if problems:
+        raise ValueError(f"{len(problems)} unknown tensors\n  " + "\n  ".join(sorted(problems)))
+    return ours
+
+
+def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "weights") -> None:
+    """Fill `model` from `tensors` (our names), or raise ValueError that names every difference."""
+    ours = model.state_dict()
+    problems = [f"{k}: in the file, not in the model" for k in tensors.keys() - ours.keys()]
+    problems += [f"{k}: in the model, not in the file" for k in ours.keys() - tensors.keys()]
+    for k in ours.keys() & tensors.keys():
+        if ours[k].shape != tensors[k].shape:
+            problems.append(f"{k}: {[*tensors[k].shape]} in the file, {[*ours[k].shape]} here")
+    if problems:
+        raise ValueError(f"{what}: {len(problems)} problems\n  " + "\n  ".join(sorted(problems)))
+    model.load_state_dict(tensors)
+
+
+def read_config(folder: Path, key: str = "") -> dict[str, Any]:
+    """config.json of a model folder; with `key`, that entry of it."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a model is a folder with config.json in it")
+    try:
+        config = json.loads(path.read_text())
+        return config[key] if key else config
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as e:
+        raise ValueError(f"{path}: damaged or from another program ({e!r})") from e
+
+
+def as_config(cls: type[Config], values: Mapping[str, Any], what: str = "config.json") -> Config:
+    """A config dataclass from JSON values (lists become tuples); unknown or missing keys are errors."""
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if values.keys() != fields:
+        odd = sorted(values.keys() ^ fields)
+        raise ValueError(f"{what}: keys {odd} do not fit {cls.__name__}, which has {sorted(fields)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def save_model(
+    folder: Path, model: nn.Module, config: Any, dtype: torch.dtype | None = None, **extra: Any
+) -> None:
+    """Write folder/{config.json, model.safetensors}; `dtype` rounds the floating tensors.
+
+    config: the model's dataclass, or a dict of several; `extra` goes into config.json beside it."""
+    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)  # type: ignore[arg-type]
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "config.json", (json.dumps(values | extra, indent=2) + "\n").encode())
+    save_file(state, folder / ".partial.safetensors")
+    os.replace(folder / ".partial.safetensors", folder / "model.safetensors")
+
+
+def load_model(model: nn.Module, folder: Path) -> nn.Module:
+    """Fill `model` from a folder that save_model wrote (kept in the model's own dtype), in eval mode."""
+    load_strict(model, read_tensors(folder), str(folder))
+    return model.eval()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all."""
+    partial = path.with_name(f".partial.{path.name}")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def save_checkpoint(
+    run: Path, state: Mapping[str, Any], meta: Mapping[str, Any], keep: int = 2
+) -> None:
+    """Write run/step_{meta["step"]} completely or not at all; the newest `keep` steps stay.
+
+    state: anything with state_dict(), by name: {"model": ..., "optimizer": ...}. Rank 0 only.
+    RNG state is not kept: everything random in a step follows from (seed, step, rank)."""
+    final = run / f"step_{meta['step']:06d}"
+    partial = run / f".partial_{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in part.state_dict().items()},
+                partial / f"{name}.safetensors",
+            )
+        else:
+            torch.save(part.state_dict(), partial / f"{name}.pt")
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)  # a rename is atomic: a killed run leaves no half checkpoint
+    for old in sorted(run.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the newest step under `run` into the objects of `state`. Returns its meta."""
+    if not (steps := sorted(Path(run).glob("step_*"))):
+        raise FileNotFoundError(f"no step_* under {run}: nothing to resume or to sample from")
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            load_strict(part, read_tensors(steps[-1] / f"{name}.safetensors"), str(steps[-1]))
+        else:
+            file = steps[-1] / f"{name}.pt"
+            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return json.loads((steps[-1] / "meta.json").read_text())
