@@ -24,8 +24,12 @@ from torch import Tensor
 
 import audio
 import synth
+import text
 from common import clock
+from tokenizer import Frontend, TokenizerBatch
 
+UNK, BOS, EOS = 0, 1, 2  # of the tiny SentencePiece tokenizers
+UNIT_S = 0.04  # seconds per encoder frame and unit of the tiny system
 CACHE = Path(__file__).parent / ".cache"
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 
@@ -50,7 +54,7 @@ def builtin(corpus: synth.Corpus, split: str) -> list[Item]:
     """The utterances of one split of the built-in corpus, see synth.py."""
 
     def reader(utt: synth.Utterance) -> Callable[[], tuple[Tensor, int]]:
-        return lambda: (corpus.audio(utt), synth.RATE)
+        return lambda: (corpus.audio(utt), synth.SAMPLE_RATE)
 
     return [
         Item(f"{split}-{i:05d}", u.text, u.voice, reader(u), u)
@@ -70,7 +74,9 @@ def librispeech(root: Path) -> list[Item]:
             key, _, text = line.partition(" ")
             found = [p for s in AUDIO_SUFFIXES if (p := transcript.parent / (key + s)).is_file()]
             if not found:
-                raise FileNotFoundError(f"{transcript}: names {key}, but no {key}.flac lies beside it")
+                raise FileNotFoundError(
+                    f"{transcript}: names {key}, but no {key}.flac lies beside it"
+                )
             items.append(from_file(key, text.strip().lower(), key.split("-")[0], found[0]))
     if not items:
         raise FileNotFoundError(f"{root}: no *.trans.txt below it; wanted a LibriSpeech folder")
@@ -101,12 +107,20 @@ def manifest(path: Path) -> list[Item]:
     return items
 
 
+def digest(items: Sequence[Item]) -> str:
+    """Names a list of items by what is said, by whom, and where known how: for `prepare`."""
+    rows = [(item.key, item.text, item.speaker, item.utterance) for item in items]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
 class Ragged:
     """Named tensors of many items, e.g. mel (F_i, M) of item i; read from disk when asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.file = safe_open(folder / "features.safetensors", framework="pt")
-        self.names = sorted(k.removesuffix(".ends") for k in self.file.keys() if k.endswith(".ends"))
+        self.names = sorted(
+            k.removesuffix(".ends") for k in self.file.keys() if k.endswith(".ends")
+        )
         self.ends = {name: self.file.get_tensor(name + ".ends").tolist() for name in self.names}
         self.slices = {name: self.file.get_slice(name) for name in self.names}
 
@@ -123,7 +137,10 @@ class Ragged:
 
 
 def prepare(
-    items: Sequence[Item], compute: Callable[[Item], dict[str, Tensor]], tag: str, what: str = "features"
+    items: Sequence[Item],
+    compute: Callable[[Item], dict[str, Tensor]],
+    tag: str,
+    what: str = "features",
 ) -> Ragged:
     """Compute tensors of all items once and keep them on disk.
 
@@ -182,6 +199,58 @@ def pad(tensors: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
     """n tensors (n_i, ...) -> (B, longest, ...) filled up with `value`, lengths (B,) int64."""
     lengths = torch.tensor([len(t) for t in tensors])
     return torch.nn.utils.rnn.pad_sequence(list(tensors), True, value), lengths
+
+
+def unit_features(items: Sequence[Item], frontend: Frontend, tag: str, what: str) -> Ragged:
+    """mel (F, M) fp16, units (U,) and voice (1, X) of all items, kept on disk; tag: see prepare."""
+
+    def compute(item: Item) -> dict[str, Tensor]:
+        found = frontend.features(item.wav(audio.WHISPER_RATE))
+        return {
+            "mel": found["mel"].half().cpu(),
+            "units": found["units"].short().cpu(),
+            "voice": found["voice"].cpu(),
+        }
+
+    return prepare(items, compute, f"units 1 {tag} {frontend.digest}", what)
+
+
+def tokenizer_batch(
+    items: Sequence[Item], store: Ragged, indices: Sequence[int], frontend: Frontend,
+    layers: tuple[int, ...], device: torch.device,
+) -> TokenizerBatch:  # fmt: skip
+    """The batch of these items; the frozen encoder listens here, word spans come where known."""
+    mel, mel_len = pad([store.get("mel", i).float() for i in indices])
+    mel_keep = keep_mask(mel_len).to(device)
+    last, taps, keep = frontend.hear(mel.transpose(1, 2).to(device), mel_keep, layers)
+    rows = [text.align_words(items[i].text, frontend.tokens, frontend.tokens) for i in indices]
+    spans = None
+    if all(items[i].utterance is not None for i in indices):
+        spans = pad(
+            [
+                word_spans(items[i].utterance, row.asr_word_ids, last.shape[1])
+                for i, row in zip(indices, rows, strict=True)
+            ]
+        )[0].to(device)
+    return TokenizerBatch(
+        ids=pad([torch.tensor(row.asr_ids) for row in rows])[0].to(device),
+        word_ids=pad([torch.tensor(row.asr_word_ids) for row in rows], -1)[0].to(device),
+        last=last,
+        taps=taps,
+        keep=keep,
+        voice=torch.cat([store.get("voice", i) for i in indices]).to(device),
+        units=pad([store.get("units", i).long() for i in indices], -1)[0].to(device),
+        spans=spans,
+    )
+
+
+def word_spans(utterance: synth.Utterance, word_ids: Sequence[int], frames: int) -> Tensor:
+    """(N, frames) bool: encoder frames in which the word of each token is spoken, and one more on
+    either side."""
+    centre = (torch.arange(frames) + 0.5) * UNIT_S
+    starts = torch.tensor(utterance.starts_s)[list(word_ids), None] - UNIT_S
+    ends = torch.tensor(utterance.ends_s)[list(word_ids), None] + UNIT_S
+    return (centre > starts) & (centre < ends)
 
 
 def keep_mask(lengths: Tensor, longest: int | None = None) -> Tensor:

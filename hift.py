@@ -7,14 +7,14 @@
      '--conv--> (B, C, F) --x8, + source, ResBlocks--> (B, C/2, 8 F) --x8, + source, ResBlocks-->
         (B, C/4, 64 F + 1) --conv--> (B, 18, 64 F + 1) --iSTFT 16/4--> wav (B, 256 F)
 
-A sine at the right pitch comes in, so the network only shapes it. Training: a GAN after HiFi-GAN
-(MPD + MRD) on top of mel distance; without the GAN, MR-STFT distance. There is no padding mask, in
-the public model neither: convolutions see the neighbours, so run items one by one at inference.
+A sine at the right pitch comes in, so the network only shapes it. Training: mel or STFT distance,
+then HiFi-GAN's discriminators. As in the public model there is no padding mask: a convolution at
+the end of an item would see the padding, so vocode items one by one.
 [CosyVoice 300M, hift.pt; HiFTNet, Li et al. 2023, arXiv:2309.09493; HiFi-GAN, arXiv:2010.05646]
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,14 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from weights import load_strict, rename
 
+Maybe = Tensor | None
 MAX_MAGNITUDE = 100.0  # of one bin of the inverse STFT
 MEL_CENTRE, MEL_SPREAD = -5.5, 2.0  # of natural log-mels of speech, for the start of training only
 TPR_TAU = 0.04
+RESOLUTIONS = ((2048, 512), (1024, 256), (512, 128), (256, 64))  # (n_fft = window, hop), samples
+G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"  # w = g v / ||v||
+Picture = Callable[[Tensor], Tensor]
+Judgement = list[tuple[Tensor, list[Tensor]]]  # of each discriminator: output (B, n), feature maps
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,15 @@ class HiFTConfig:
     limit: float = 0.99  # of |wav|
 
     def __post_init__(self) -> None:
-        stages = len(self.upsample)
-        if not stages == len(self.upsample_kernels) == len(self.source_kernels):
-            raise ValueError("upsample, upsample_kernels and source_kernels need the same length")
-        if self.channels % 2**stages:
-            raise ValueError(f"channels={self.channels} must be a multiple of {2**stages}")
-        for k, s in zip(self.upsample_kernels, self.upsample, strict=True):
-            if k < s or (k - s) % 2:
-                raise ValueError(
-                    f"upsample kernel {k} must exceed its stride {s} by an even number"
-                )
+        lists = self.upsample, self.upsample_kernels, self.source_kernels
+        if len({len(x) for x in lists}) > 1:
+            raise ValueError(f"upsample, its kernels and source_kernels differ in length: {lists}")
+        if self.channels % 2 ** len(self.upsample):
+            raise ValueError(f"channels={self.channels} cannot be halved at each of {lists[0]}")
+        if any(k < s or (k - s) % 2 for k, s in zip(lists[1], lists[0], strict=True)):
+            raise ValueError(f"upsample_kernels={lists[1]} must exceed {lists[0]} by even numbers")
         if any(k % 2 == 0 for k in (*self.kernels, *self.source_kernels)):
-            raise ValueError("kernels and source_kernels must be odd")
+            raise ValueError(f"kernels={self.kernels} and source_kernels={lists[2]} must be odd")
 
     @property
     def samples(self) -> int:
@@ -77,18 +79,13 @@ TINY = HiFTConfig(channels=64, f0_channels=64)
 class F0Predictor(nn.Module):
     def __init__(self, mels: int, channels: int) -> None:
         super().__init__()
-        widths = [mels] + [channels] * 5
-        self.convs = nn.ModuleList(
-            weight_norm(nn.Conv1d(a, b, 3, padding=1))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        convs = (nn.Conv1d(width, channels, 3, padding=1) for width in (mels, *[channels] * 4))
+        self.convs = nn.Sequential(*(x for conv in convs for x in (weight_norm(conv), nn.ELU())))
         self.out = nn.Linear(channels, 1)
 
     def forward(self, mel: Tensor) -> Tensor:
         """mel (B, M, F) -> f0 (B, F) in Hz, about 0 where unvoiced."""
-        for conv in self.convs:
-            mel = F.elu(conv(mel))  # (B, C, F)
-        return self.out(mel.transpose(1, 2)).squeeze(-1).abs()  # (B, F)
+        return self.out(self.convs(mel).transpose(1, 2)).squeeze(-1).abs()
 
 
 class Source(nn.Module):
@@ -98,27 +95,23 @@ class Source(nn.Module):
         self.mix = nn.Linear(config.harmonics + 1, 1)
 
     @torch.no_grad()
-    def sines(self, f0: Tensor, phase: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    def sines(self, f0: Tensor, phase: Maybe = None, noise: Maybe = None) -> Tensor:
         """f0 (B, F) Hz -> (B, S, h): sines where voiced, noise where not. See forward."""
         c, h = self.config, self.config.harmonics + 1
         f0 = f0.float().repeat_interleave(c.samples, 1)[..., None]  # (B, S, 1)
         if phase is None:
             phase = math.pi * (2 * torch.rand(len(f0), h, device=f0.device) - 1)
-            phase[:, 0] = 0
+            phase[:, 0] = 0  # the fundamental starts at 0
         if noise is None:
             noise = torch.randn(*f0.shape[:2], h, device=f0.device).transpose(1, 2)  # (B, h, S)
         steps = f0 * torch.arange(1, h + 1, device=f0.device) / c.rate  # (B, S, h) cycles a sample
-        turns = (
-            steps.cumsum(1) % 1
-        )  # fraction after the sum, all in fp32, as the public model has it
-        sines = c.sine_amp * torch.sin(2 * math.pi * turns + phase[:, None])
+        turns = steps.cumsum(1) % 1  # in fp32 over the whole utterance, as the public model does
+        sines = c.sine_amp * torch.sin(2 * math.pi * turns + phase.reshape(-1, 1, h))
         voiced = (f0 > c.voiced_hz).float()  # (B, S, 1)
         loudness = voiced * c.noise_std + (1 - voiced) * c.sine_amp / 3
         return sines * voiced + loudness * noise.float().transpose(1, 2)  # (B, S, h)
 
-    def forward(
-        self, f0: Tensor, phase: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, f0: Tensor, phase: Maybe = None, noise: Maybe = None) -> Tensor:
         """f0 (B, F) Hz -> excitation (B, S), S = samples * F.
 
         phase (B, h) starts of the harmonics in radians, noise (B, h, S) standard normal, h =
@@ -143,8 +136,7 @@ class ResBlock(nn.Module):
         super().__init__()
 
         def conv(d: int) -> nn.Module:
-            pad = d * (kernel - 1) // 2
-            return weight_norm(nn.Conv1d(channels, channels, kernel, dilation=d, padding=pad))
+            return weight_norm(nn.Conv1d(channels, channels, kernel, dilation=d, padding="same"))
 
         self.snakes1 = nn.ModuleList(Snake(channels) for _ in dilations)
         self.convs1 = nn.ModuleList(conv(d) for d in dilations)
@@ -160,8 +152,6 @@ class ResBlock(nn.Module):
 
 
 class HiFT(nn.Module):
-    window: Tensor  # (n_fft,)
-
     def __init__(self, config: HiFTConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -181,15 +171,10 @@ class HiFT(nn.Module):
             self.source_blocks.append(ResBlock(width, c.source_kernels[i], c.dilations))
             self.blocks.extend(ResBlock(width, k, c.dilations) for k in c.kernels)
         self.post = weight_norm(nn.Conv1d(width, bins, 7, padding=3))
-        self.register_buffer("window", torch.hann_window(c.n_fft), persistent=False)
         init_for_training(self)
 
     def forward(
-        self,
-        mel: Tensor,
-        f0: Tensor | None = None,
-        phase: Tensor | None = None,
-        noise: Tensor | None = None,
+        self, mel: Tensor, f0: Maybe = None, phase: Maybe = None, noise: Maybe = None
     ) -> Tensor:
         """mel (B, M, F) natural log, f0 (B, F) Hz or None = predicted -> wav (B, samples * F).
 
@@ -199,15 +184,12 @@ class HiFT(nn.Module):
     def decode(self, mel: Tensor, source: Tensor) -> Tensor:
         """mel (B, M, F), source (B, samples * F) -> wav (B, samples * F) within +-limit."""
         c = self.config
-        if source.shape != (mel.shape[0], c.samples * mel.shape[2]):
-            wanted = (mel.shape[0], c.samples * mel.shape[2])
-            raise ValueError(
-                f"source is {tuple(source.shape)}, mel {tuple(mel.shape)} needs {wanted}"
-            )
-        s = torch.stft(source.float(), c.n_fft, c.hop, window=self.window, return_complex=True)
+        if source.shape != (wanted := (mel.shape[0], c.samples * mel.shape[2])):
+            raise ValueError(f"source {(*source.shape,)}: mel {(*mel.shape,)} needs {wanted}")
+        window = torch.hann_window(c.n_fft, device=mel.device)
+        s = torch.stft(source.float(), c.n_fft, c.hop, window=window, return_complex=True)
         s = torch.cat([s.real, s.imag], 1)  # (B, 18, 64 F + 1)
-        x = self.pre(mel)  # (B, C, F)
-        n = len(c.kernels)
+        x, n = self.pre(mel), len(c.kernels)  # (B, C, F)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, 0.1))  # (B, C/2, 8 F)
             if i == len(self.ups) - 1:
@@ -218,47 +200,40 @@ class HiFT(nn.Module):
         a, b = self.post(F.leaky_relu(x)).float().chunk(2, 1)  # (B, 9, 64 F + 1) each
         # Quirk: the angle is sin(b), within +-1 radian; overlapping frames make up for the rest
         spectrum = torch.polar(a.exp().clamp(max=MAX_MAGNITUDE), torch.sin(b))
-        wav = torch.istft(spectrum, c.n_fft, c.hop, window=self.window)  # (B, 256 F)
+        wav = torch.istft(spectrum, c.n_fft, c.hop, window=window)  # (B, 256 F)
         return wav.clamp(-c.limit, c.limit)
 
     def fold(self) -> "HiFT":
-        """Replace g v / ||v|| by its value, in place: same output, faster, no longer for training."""
+        """Replace g v / ||v|| by its value, in place: same output, faster, not for training."""
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 remove_parametrizations(module, "weight")
         return self
 
 
-# ---- training -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def init_for_training(model: HiFT) -> None:
-    """Start where the pitch of the source is heard in the output; torch's own start hides it.
+    """Start where the output already has the pitch of the source; HiFT itself calls it.
 
-    With torch's start the source enters 30 times weaker than the mel, and the upsampling kernels
-    make tones at multiples of the frame rate instead, a local minimum that training stays in."""
-    c = model.config
-    model.pre.weight = model.pre.weight / MEL_SPREAD
-    model.pre.bias -= model.pre.weight.sum((1, 2)) * MEL_CENTRE  # as if (mel - centre) / spread
-    for up in model.ups:
-        size, stride = up.kernel_size[0], up.stride[0]
-        ramp = 1 - (torch.arange(size) + 0.5 - size / 2).abs() / stride  # linear interpolation
-        inputs, outputs, _ = up.weight.shape
-        mix = torch.randn(inputs, outputs) * inputs**-0.5
-        up.weight = mix[..., None] * ramp.clamp(min=0) + 1e-3 * torch.randn(up.weight.shape)
-    model.source.mix.weight.fill_(0.2 / c.sine_amp)  # peaks near 1, where tanh adds overtones
-    model.source.mix.bias.zero_()
-    for down in model.downs:
-        down.weight.mul_(3.0)
-    model.post.weight = model.post.weight * 0.5
-    model.post.bias[: c.n_fft // 2 + 1] = -2.0
-    model.post.bias[c.n_fft // 2 + 1 :] = 0.0
-    model.f0.out.weight.mul_(100.0)  # Hz, not units
-    model.f0.out.bias.fill_(100.0)
-
-
-Judgement = list[tuple[Tensor, list[Tensor]]]  # of each discriminator: output (B, n), feature maps
+    With torch's own start the source is ten times weaker than the mel, and the upsampling kernels
+    buzz at multiples of the frame rate instead: training learns pitch late or never."""
+    c, last = model.config, model.config.channels // 2 ** len(model.config.upsample)
+    with model.pre.bias.device:
+        model.pre.weight = torch.randn(c.channels, c.mels, 7) * (21 * c.mels) ** -0.5 / MEL_SPREAD
+        model.pre.bias.copy_(-MEL_CENTRE * model.pre.weight.sum((1, 2)))  # as if mels were centred
+        for i, (size, stride) in enumerate(zip(c.upsample_kernels, c.upsample, strict=True)):
+            ramp = 1 - (torch.arange(size) + 0.5 - size / 2).abs() / stride  # linear interpolation
+            a, b = c.channels // 2**i, c.channels // 2 ** (i + 1)
+            mix = torch.randn(a, b, 1) * a**-0.5
+            model.ups[i].weight = mix * ramp.clamp(min=0) + 1e-3 * torch.randn(a, b, size)
+        model.post.weight = torch.randn(c.n_fft + 2, last, 7) * 0.5 * (21 * last) ** -0.5
+    model.post.bias[: c.n_fft // 2 + 1] = -2.0  # magnitudes of quiet speech
+    for weight in (p for p in model.downs.parameters() if p.ndim == 3):
+        nn.init.normal_(weight, std=(3 / weight[0].numel()) ** 0.5)  # as strong as the mel path
+    nn.init.constant_(model.source.mix.weight, 0.2 / c.sine_amp)  # peaks near 1: more overtones
+    nn.init.zeros_(model.source.mix.bias)
+    nn.init.normal_(model.f0.out.weight, std=100 * (3 * c.f0_channels) ** -0.5)  # in Hz
+    nn.init.constant_(model.f0.out.bias, 100.0)
 
 
 @dataclass(frozen=True)
@@ -274,49 +249,49 @@ class JudgeConfig:
 TINY_JUDGES = JudgeConfig((2, 3, 5), (8, 16, 32, 64, 64), ((1024, 240, 600), (512, 120, 240)), 12)
 
 
-class PeriodJudge(nn.Module):
-    def __init__(self, period: int, channels: tuple[int, ...]) -> None:
+def magnitude(wav: Tensor, n_fft: int, hop: int, win: int) -> Tensor:
+    """wav (B, S) -> linear magnitudes (B, n_fft // 2 + 1, frames), centred Hann windows."""
+    window = torch.hann_window(win, device=wav.device)
+    return torch.stft(wav.float(), n_fft, hop, win, window, return_complex=True).abs()
+
+
+class Judge(nn.Module):
+    """A stack of 2-D convolutions over `picture(wav)`, (B, S) -> (B, 1, height, width)."""
+
+    def __init__(self, picture: Picture, convs: list[nn.Conv2d], out: nn.Conv2d) -> None:
         super().__init__()
-        self.period, widths = period, (1, *channels)
-        strides = [3] * (len(channels) - 1) + [1]
-        self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(a, b, (5, 1), (s, 1), padding=(2, 0)))
-            for a, b, s in zip(widths[:-1], widths[1:], strides, strict=True)
-        )
-        self.out = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
+        self.picture = picture
+        self.convs = nn.ModuleList(weight_norm(conv) for conv in convs)
+        self.out = weight_norm(out)
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """wav (B, S), folded into rows of one period -> output (B, n), feature maps."""
-        wav = F.pad(wav, (0, -wav.shape[1] % self.period), mode="reflect")
-        x, maps = wav.unflatten(1, (-1, self.period))[:, None], []  # (B, 1, S/p, p)
+        """wav (B, S) -> output (B, n) in fp32, feature maps."""
+        x, maps = self.picture(wav), []  # (B, 1, height, width)
         for conv in self.convs:
             maps.append(x := F.leaky_relu(conv(x), 0.1))
         maps.append(x := self.out(x))
-        return x.flatten(1), maps
+        return x.flatten(1).float(), maps
 
 
-class SpectrumJudge(nn.Module):
-    window: Tensor  # (win,)
+def period_judge(period: int, channels: tuple[int, ...]) -> Judge:
+    """Sees rows of one period, so that a column holds every period-th sample."""
 
-    def __init__(self, n_fft: int, hop: int, win: int, channels: int) -> None:
-        super().__init__()
-        self.n_fft, self.hop = n_fft, hop
-        shapes = [(1, 9, 1), (channels, 9, 2), (channels, 9, 2), (channels, 9, 2), (channels, 3, 1)]
-        self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(a, channels, (3, k), (1, s), padding=(1, k // 2)))
-            for a, k, s in shapes
-        )
-        self.out = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
-        self.register_buffer("window", torch.hann_window(win), persistent=False)
+    def picture(wav: Tensor) -> Tensor:
+        wav = F.pad(wav, (0, -wav.shape[1] % period), mode="reflect")
+        return wav.unflatten(1, (-1, period))[:, None]  # (B, 1, S/p, p)
 
-    def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """wav (B, S) -> output (B, n), feature maps."""
-        x = magnitude(wav, self.n_fft, self.hop, self.window)
-        x, maps = x.transpose(1, 2)[:, None], []  # (B, 1, frames, bins)
-        for conv in self.convs:
-            maps.append(x := F.leaky_relu(conv(x), 0.1))
-        maps.append(x := self.out(x))
-        return x.flatten(1), maps
+    strides = [3] * (len(channels) - 1) + [1]
+    sizes = zip((1, *channels[:-1]), channels, strides, strict=True)
+    convs = [nn.Conv2d(a, b, (5, 1), (s, 1), padding=(2, 0)) for a, b, s in sizes]
+    return Judge(picture, convs, nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
+
+
+def spectrum_judge(stft: tuple[int, int, int], c: int) -> Judge:
+    """Sees linear magnitudes, (B, 1, frames, bins). stft: n_fft, hop, window; c channels."""
+    sizes = [(1, 9, 1), *[(c, 9, 2)] * 3, (c, 3, 1)]
+    convs = [nn.Conv2d(a, c, (3, k), (1, s), padding=(1, k // 2)) for a, k, s in sizes]
+    out = nn.Conv2d(c, 1, 3, padding=1)
+    return Judge(lambda wav: magnitude(wav, *stft).transpose(1, 2)[:, None], convs, out)
 
 
 class Judges(nn.Module):
@@ -324,21 +299,13 @@ class Judges(nn.Module):
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
-        self.by_period = nn.ModuleList(
-            PeriodJudge(p, config.period_channels) for p in config.periods
-        )
-        self.by_stft = nn.ModuleList(SpectrumJudge(*s, config.stft_channels) for s in config.stfts)
+        widths, c = config.period_channels, config.stft_channels
+        self.by_period = nn.ModuleList(period_judge(p, widths) for p in config.periods)
+        self.by_stft = nn.ModuleList(spectrum_judge(s, c) for s in config.stfts)
 
     def forward(self, wav: Tensor) -> Judgement:
         """wav (B, S) -> what each discriminator says; near 1 = real, near 0 = generated."""
         return [judge(wav) for judge in (*self.by_period, *self.by_stft)]
-
-
-def magnitude(wav: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
-    """wav (B, S) -> linear magnitudes (B, n_fft // 2 + 1, frames), centred frames."""
-    return torch.stft(
-        wav.float(), n_fft, hop, len(window), window=window, return_complex=True
-    ).abs()
 
 
 def adversarial_loss(fake: Judgement) -> Tensor:
@@ -353,15 +320,15 @@ def discriminator_loss(real: Judgement, fake: Judgement) -> Tensor:
 
 
 def feature_loss(real: Judgement, fake: Judgement) -> Tensor:
-    """Twice the sum of mean |difference| over all feature maps."""
-    pairs = [
-        pair for (_, r), (_, f) in zip(real, fake, strict=True) for pair in zip(r, f, strict=True)
-    ]
-    return 2 * torch.stack([(r.detach() - f).abs().mean() for r, f in pairs]).sum()
+    """Twice the sum of mean |difference| over all feature maps, the outputs included."""
+    terms = []
+    for (_, maps), (_, others) in zip(real, fake, strict=True):
+        terms += [F.l1_loss(f.float(), r.float()) for r, f in zip(maps, others, strict=True)]
+    return 2 * torch.stack(terms).sum()
 
 
 def tpr_loss(a: Judgement, b: Judgement) -> Tensor:
-    """Truncated pointwise relativistic loss: (real, fake) for judges, (fake, real) for the generator.
+    """Truncated relativistic loss: (real, fake) for the judges, (fake, real) for the generator.
 
     Pushes up those outputs of `a` that exceed `b` by less than the median, by at most tau a judge.
     [HiFTNet, sec. 2.4; StyleTTS 2, arXiv:2306.07691]"""
@@ -374,17 +341,12 @@ def tpr_loss(a: Judgement, b: Judgement) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def generator_loss(
-    real: Judgement, fake: Judgement, mel_l1: Tensor | float = 0.0, f0_l1: Tensor | float = 0.0
-) -> Tensor:
+def generator_loss(real: Judgement, fake: Judgement, mel_l1: Tensor, f0_l1: Tensor) -> Tensor:
     """CosyVoice's sum: adversarial + 2 features + 45 mel + TPR + F0.
 
     mel_l1: mean |log-mel difference| with bins up to rate / 2; f0_l1: mean |difference| in Hz."""
-    gan = adversarial_loss(fake) + 2 * feature_loss(real, fake) + tpr_loss(fake, real)
-    return gan + 45 * mel_l1 + f0_l1
-
-
-RESOLUTIONS = ((2048, 512), (1024, 256), (512, 128), (256, 64))  # (n_fft = window, hop), samples
+    rest = tpr_loss(fake, real) + 45 * mel_l1 + f0_l1
+    return adversarial_loss(fake) + 2 * feature_loss(real, fake) + rest
 
 
 def stft_loss(wav: Tensor, target: Tensor, floor: float = 1e-3) -> Tensor:
@@ -394,58 +356,39 @@ def stft_loss(wav: Tensor, target: Tensor, floor: float = 1e-3) -> Tensor:
     Ours, for training without discriminators. [Yamamoto et al. 2020, arXiv:1910.11480, sec. 2.2]"""
     terms = []
     for n_fft, hop in RESOLUTIONS:
-        window = torch.hann_window(n_fft, device=wav.device)
-        x, y = (magnitude(w, n_fft, hop, window) for w in (wav, target))
+        x, y = (magnitude(w, n_fft, hop, n_fft) for w in (wav, target))
         terms.append((y - x).norm() / y.norm().clamp(min=floor))
         terms.append(((x + floor).log() - (y + floor).log()).abs().mean())
     return torch.stack(terms).sum() / len(RESOLUTIONS)
 
 
-# ---- public weights -----------------------------------------------------------------------------
-
-G, V = "parametrizations.weight.original0", "parametrizations.weight.original1"
 _PARTS = {
-    r"f0_predictor\.condnet\.0": "f0.convs.0",
-    r"f0_predictor\.condnet\.2": "f0.convs.1",
-    r"f0_predictor\.condnet\.4": "f0.convs.2",
-    r"f0_predictor\.condnet\.6": "f0.convs.3",
-    r"f0_predictor\.condnet\.8": "f0.convs.4",
+    r"f0_predictor\.condnet\.(\d)": r"f0.convs.\1",
     r"f0_predictor\.classifier": "f0.out",
     r"m_source\.l_linear": "source.mix",
     r"conv_pre": "pre",
     r"ups\.(\d)": r"ups.\1",
     r"source_downs\.(\d)": r"downs.\1",
-    r"source_resblocks\.(\d)\.(convs\d\.\d)": r"source_blocks.\1.\2",
-    r"source_resblocks\.(\d)\.activations(\d\.\d)": r"source_blocks.\1.snakes\2",
-    r"resblocks\.(\d)\.(convs\d\.\d)": r"blocks.\1.\2",
-    r"resblocks\.(\d)\.activations(\d\.\d)": r"blocks.\1.snakes\2",
+    r"(source_)?resblocks\.(\d)\.(convs\d\.\d)": r"\1blocks.\2.\3",
+    r"(source_)?resblocks\.(\d)\.activations(\d\.\d)": r"\1blocks.\2.snakes\3",
     r"conv_post": "post",
 }
-# a normed weight is stored as weight_g and weight_v, or as torch's parametrizations, or folded
-NAMES = {rf"{old}\.weight_g": f"{new}.{G}" for old, new in _PARTS.items()}
-NAMES |= {rf"{old}\.weight_v": f"{new}.{V}" for old, new in _PARTS.items()}
-_LEAF = r"\.(?P<leaf>weight|bias|alpha|parametrizations\.weight\.original[01])"
-NAMES |= {old + _LEAF: new + r".\g<leaf>" for old, new in _PARTS.items()}
+_LEAF = r"(?P<leaf>weight|bias|alpha|parametrizations\.weight\.original[01])"
+_LEAVES = {r"weight_g": G, r"weight_v": V, _LEAF: r"\g<leaf>"}  # old split; folded or new split
+NAMES = {rf"{a}\.{x}": f"{b}.{y}" for a, b in _PARTS.items() for x, y in _LEAVES.items()}
 
 
 def load_public(model: HiFT, tensors: Mapping[str, Tensor], what: str = "hift.pt") -> HiFT:
-    """Fill `model` from tensors with public names, weight norm split or folded on either side.
-
-    Raises ValueError that names every tensor that does not fit."""
+    """Fill `model` from public names, weights split or folded on either side; else ValueError."""
     ours, wanted = rename(tensors, NAMES), model.state_dict()
-    for key in [k for k in ours if k.endswith("." + G) and k not in wanted]:  # model is folded
-        stem = key.removesuffix(G)
-        if stem + V in ours:
-            g, v = ours.pop(key), ours.pop(stem + V)
-            ours[stem + "weight"] = torch._weight_norm(v, g, 0)
-    for key in [k for k in ours if k.endswith(".weight") and k not in wanted]:  # file is folded
-        stem = key.removesuffix("weight")
-        if stem + G in wanted:
-            w = ours.pop(key)
-            ours[stem + G], ours[stem + V] = (
-                w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)),
-                w,
-            )
+    for stem in {k.removesuffix(V) for k in ours.keys() - wanted.keys() if k.endswith(V)}:
+        if stem + G in ours:  # the file is split, the model folded
+            g, v = ours.pop(stem + G), ours.pop(stem + V)
+            ours[stem + "weight"] = g * v / v.norm(dim=(1, 2), keepdim=True)
+    for stem in {k.removesuffix(V) for k in wanted.keys() - ours.keys() if k.endswith(V)}:
+        if stem + "weight" in ours:  # the other way round
+            ours[stem + V] = v = ours.pop(stem + "weight")
+            ours[stem + G] = v.norm(dim=(1, 2), keepdim=True)
     load_strict(model, ours, what)
     return model
 
@@ -453,7 +396,5 @@ def load_public(model: HiFT, tensors: Mapping[str, Tensor], what: str = "hift.pt
 if __name__ == "__main__":
     vocoder = HiFT(TINY).fold()
     mel = torch.randn(1, TINY.mels, 86) - 5  # one second
-    with torch.inference_mode():
-        wav = vocoder(mel)
-    print(f"mel {tuple(mel.shape)} -> wav {tuple(wav.shape)}")
+    print(f"mel {tuple(mel.shape)} -> wav {tuple(vocoder(mel).shape)}")
     print(f"{sum(p.numel() for p in vocoder.parameters()):,} parameters")

@@ -68,4 +68,6 @@ if __name__ == "__main__":
     phase = (hz / rate).cumsum(0)
     tone = sum(torch.sin(2 * torch.pi * k * phase) / k for k in range(1, 6))
     f0 = pitch(torch.as_tensor(tone), rate, hop)
-    print(f"glide 100 -> 200 Hz: frames {f0.shape[0]}, f0 at 0.25/0.5/0.75 s: {f0[25::25].tolist()}")
+    print(
+        f"glide 100 -> 200 Hz: frames {f0.shape[0]}, f0 at 0.25/0.5/0.75 s: {f0[25::25].tolist()}"
+    )

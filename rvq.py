@@ -160,7 +160,7 @@ class RVQ(nn.Module):
                 code, codes[..., q], error = self.quantize(q, r, keep)
                 # Quirk: this adds one gradient of the identity per codebook, so W_in is given
                 # Q times that of the latent [lucidrains ResidualVQ, which TASTE trained with].
-                latent = latent + (r + (code - r).detach()) * keep[..., None]
+                latent = latent + code + (r - r.detach()) * keep[..., None]
                 loss, r = loss + error, r - code
             return Quantized(self.project_out(latent), codes, loss)  # (B, N, D)
 
@@ -206,7 +206,7 @@ class RVQ(nn.Module):
 
     def latent(self, codes: Tensor) -> Tensor:
         """codes (B, N, Q) int64 -> sum of the code vectors (B, N, E), before W_out."""
-        return self.look_up(codes).sum(-2)
+        return torch.stack(self.look_up(codes).unbind(-2)).sum(0)
 
     @torch.no_grad()
     def encode_latent(self, latent: Tensor) -> Tensor:

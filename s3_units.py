@@ -78,7 +78,7 @@ class S3Config:
         return [(i * hop, min(i * hop + self.window, n_frames)) for i in range(last + 1)]
 
 
-TINY = S3Config(80, 128, 4, 3, 512, 750, (2, 2), 512)
+TINY = S3Config(80, 128, 4, 3, 512, 750, (2, 2), 1024)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -127,7 +127,8 @@ class S3Units(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.ffn) for _ in range(cfg.layers))
         # in the state dict, because the public file has its own table
         self.register_buffer("positions", sinusoids(cfg.max_frames, cfg.width))
-        self.register_buffer("codebook", F.normalize(torch.randn(cfg.codes, cfg.width), dim=-1))
+        codebook = torch.empty(cfg.codes, cfg.width).normal_(std=cfg.width**-0.5)  # length about 1
+        self.register_buffer("codebook", codebook)
         self.register_buffer("usage", torch.zeros(cfg.codes))
 
     def features(self, mel: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

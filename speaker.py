@@ -4,7 +4,7 @@
             gate = sigmoid(W3 relu(W2 (mean_t h + mean of h in the same 100 frames)))
     voice = bn(W concat(mean_t x, std_t x))          std unbiased, bn without scale and shift
 
-    fbank (B, F, 80) --2-D convs--> (B, 320, F) --stride 2--> (B, C, T) --3 dense blocks--> voice (B, dim)
+    fbank (B, F, M) --2-D convs--> (B, 320, F) --stride 2, dense blocks--> (B, C, T) --> (B, dim)
 
 The fbank is Kaldi's, less its mean over time (spec/cosyvoice.md 1.3). The vector is raw: take the
 mean over the clips of a speaker, then normalise. Nothing is masked, so a batch has one length;
@@ -13,12 +13,14 @@ embed() sorts clips by length. Deviation: the public code gives NaN for a clip o
 [Wang 2023, arXiv:2303.00332; spec/cosyvoice.md 3]
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from weights import load_strict, rename
 
 MIN_FRAMES = 3  # of fbank: two positions after stride 2
 FREQ_STRIDE = 8  # mel bins that become one: three strides of 2 in the head
@@ -184,7 +186,7 @@ class CAMPlus(nn.Module):
             raise ValueError("embed() in training mode would mix the clips of a batch: call eval()")
         if bad := [(*f.shape,) for f in fbanks if f.ndim != 2]:
             raise ValueError(f"each fbank must be (F, {self.cfg.mels}), got {bad[0]}")
-        voices = self.norm3.running_mean.new_empty(len(fbanks), self.cfg.dim)  # type: ignore[union-attr]
+        voices = self.out.weight.new_empty(len(fbanks), self.cfg.dim)  # (n, dim)
         order = sorted(range(len(fbanks)), key=lambda i: fbanks[i].shape[0])
         while order:
             same = [i for i in order[:batch] if fbanks[i].shape == fbanks[order[0]].shape]
@@ -219,6 +221,15 @@ NAMES = {  # public name (3D-Speaker's CAMPPlus, campplus_cn_common.bin) -> ours
     r"xvector\.dense\.linear\.weight": r"out.weight",
     **_norm(r"xvector\.dense\.nonlinear\.batchnorm", r"norm3"),
 }
+
+
+def load_public(model: CAMPlus, tensors: Mapping[str, Tensor], what: str = "CAM++ weights") -> None:
+    """Fill `model` from tensors under public names, or raise ValueError with all differences.
+
+    Batch counters may be missing (exports drop them, no result depends on them): then 0."""
+    ours = rename(tensors, NAMES)
+    counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+    load_strict(model, {name: torch.tensor(0) for name in counters} | ours, what)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ repeated over its text tokens, which is the same as quantizing the pooled tokens
 [TASTE: Tseng et al. 2025, arXiv:2504.07053; TASLA: Hsu et al. 2025, arXiv:2510.14934]
 """
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ import torch
 from torch import Tensor, nn
 
 import aggregator as agg
-import fsq
-import rvq
+import audio
+import s3_units
+import speaker
+import text
 import unit_decoder as ud
-from weights import as_config, load_model, read_config
+import whisper_dec
+import whisper_enc
+from fsq import FSQ, FSQConfig
+from fsq import TINY as TINY_FSQ
+from rvq import RVQ, RVQConfig
+from rvq import TINY as TINY_RVQ
+from weights import as_config, load_model, load_strict, read_config, read_tensors
 
 QUANTIZERS = ("fsq", "rvq", "none")
+GUIDE_WEIGHT = 0.3  # of guided attention, where word times are known
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ class TokenizerConfig:
     aggregator: agg.AggregatorConfig
     unit_decoder: ud.UnitDecoderConfig
     quantizer: str = "fsq"
-    fsq: fsq.FSQConfig = fsq.TINY
-    rvq: rvq.RVQConfig = rvq.TINY
+    fsq: FSQConfig = TINY_FSQ
+    rvq: RVQConfig = TINY_RVQ
     recon_weight: float = 1.0  # lambda
 
     def __post_init__(self) -> None:
@@ -86,7 +96,148 @@ class SpeechTokenizer(nn.Module):
         self.aggregator = agg.Aggregator(config.aggregator)
         self.quantizer: nn.Module | None = None
         if config.quantizer == "fsq":
-            self.quantizer = fsq.FSQ(config.fsq)
+            self.quantizer = FSQ(config.fsq)
         elif config.quantizer == "rvq":
-            self.quantizer = rvq.RVQ(config.rvq)
+            self.quantizer = RVQ(config.rvq)
         self.unit_decoder = ud.UnitDecoder(config.unit_decoder)
+
+    def words(
+        self,
+        ids: Tensor,
+        word_ids: Tensor,
+        last: Tensor,
+        taps: Mapping[int, Tensor],
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, agg.Maps]:
+        """-> z (B, W, C) one vector per word, its keep (B, W), maps of where each token looked."""
+        z, maps = self.aggregator(ids, word_ids, last, taps, keep, need_weights=True)
+        return *agg.word_vectors(z, word_ids), maps
+
+    def forward(
+        self, batch: TokenizerBatch, text_only: bool = False, history_keep: Tensor | None = None
+    ) -> TokenizerOutput:
+        """One training step's losses; text_only leaves the audio branch out (the baseline of the
+        papers, and the start of training). history_keep: see UnitDecoder.forward."""
+        codes = maps = audio = None
+        recon = guide = batch.voice.new_zeros(())
+        if not text_only:
+            z, word_keep, maps = self.words(
+                batch.ids, batch.word_ids, batch.last, batch.taps, batch.keep
+            )
+            if self.quantizer is not None:
+                z, codes, recon = self.quantizer(z, word_keep)
+            audio = agg.spread(z, batch.word_ids)  # (B, N, C)
+            if batch.spans is not None:
+                guide = guided_attention(maps.frames, batch.spans, batch.word_ids >= 0)
+        units = self.unit_decoder(
+            batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep
+        )
+        loss = units.loss + self.config.recon_weight * recon + GUIDE_WEIGHT * guide
+        attention = None if maps is None else maps.frames
+        return TokenizerOutput(loss, units.loss, recon, guide, codes, units, attention)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        ids: Tensor,
+        word_ids: Tensor,
+        last: Tensor,
+        taps: Mapping[int, Tensor],
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """-> codes (B, W, Q) int64, -1 where an item has no such word. ValueError without quantizer."""
+        if self.quantizer is None:
+            raise ValueError("this tokenizer has quantizer='none': it makes no codes")
+        z, word_keep, _ = self.words(ids, word_ids, last, taps, keep)
+        return self.quantizer.encode(z, word_keep)
+
+    def embed(self, codes: Tensor, word_ids: Tensor) -> Tensor:
+        """codes (B, W, Q), word_ids (B, N) -> what the unit decoder hears, (B, N, C)."""
+        return agg.spread(self.quantizer.decode(codes), word_ids)
+
+    @torch.no_grad()
+    def decode(
+        self, ids: Tensor, word_ids: Tensor, codes: Tensor | None, voice: Tensor, **sampling: Any
+    ) -> tuple[list[Tensor], Tensor]:
+        """codes (B, W, Q), None = text only -> B unit sequences, and whether each ended by itself.
+
+        sampling: see UnitDecoder.generate."""
+        audio = None if codes is None else self.embed(codes, word_ids)
+        return self.unit_decoder.generate(ids, word_ids >= 0, audio, voice, **sampling)
+
+
+def guided_attention(maps: Tensor, spans: Tensor, keep: Tensor) -> Tensor:
+    """maps (B, L, H, N, T), spans (B, N, T) bool, keep (B, N) -> -log of the attention mass of the
+    last layer, mean over its heads, that falls inside the spoken word; mean over real tokens.
+
+    Ours, not the papers': it needs word times, which the built-in corpus has."""
+    inside = (maps[:, -1].mean(1) * spans).sum(-1)  # (B, N)
+    return -inside.clamp(min=1e-4).log()[keep].mean()
+
+
+def load_tokenizer(folder: Path) -> SpeechTokenizer:
+    """A tokenizer folder that train_tokenizer.py wrote, in eval mode."""
+    values = read_config(folder, "tokenizer")
+    parts = {
+        "aggregator": as_config(agg.AggregatorConfig, values["aggregator"]),
+        "unit_decoder": as_config(ud.UnitDecoderConfig, values["unit_decoder"]),
+        "fsq": as_config(FSQConfig, values["fsq"]),
+        "rvq": as_config(RVQConfig, values["rvq"]),
+    }
+    model = SpeechTokenizer(as_config(TokenizerConfig, values | parts, str(folder)))
+    load_model(model, folder)
+    return model
+
+
+class Frontend(nn.Module):
+    """The frozen models that the tokenizer stands on, from a bundle folder: speech recognition
+    (its encoder feeds the aggregator), S3 units (what the unit decoder learns to say), voice."""
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__()
+        asr = read_config(bundle / "asr")
+        self.encoder = whisper_enc.WhisperEncoder(
+            as_config(whisper_enc.EncoderConfig, asr["encoder"])
+        )
+        self.decoder = whisper_dec.WhisperDecoder(
+            as_config(whisper_dec.DecoderConfig, asr["decoder"])
+        )
+        pair = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+        load_strict(pair, read_tensors(bundle / "asr"), str(bundle / "asr"))
+        self.prefix, self.eos = tuple(asr["prefix_ids"]), int(asr["eos"])
+        self.tokens = text.load_tokenizer(bundle / "asr" / "tokenizer.model")
+        self.s3 = s3_units.S3Units(as_config(s3_units.S3Config, read_config(bundle / "s3")))
+        load_model(self.s3, bundle / "s3")
+        voice_config = as_config(speaker.CAMPlusConfig, read_config(bundle / "speaker"))
+        self.speaker = speaker.CAMPlus(voice_config)
+        load_model(self.speaker, bundle / "speaker")
+        self.eval().requires_grad_(False)
+        files = [bundle / part / "model.safetensors" for part in ("asr", "s3", "speaker")]
+        digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+        self.digest = "-".join(d[:12] for d in digests)  # features made by other weights are stale
+
+    @torch.inference_mode()
+    def features(self, wav: Tensor) -> dict[str, Tensor]:
+        """wav (S,) at 16 kHz -> mel (F, M), units (U,), voice (1, X)."""
+        device = self.speaker.out.weight.device
+        mel = audio.whisper_mel(wav.to(device), self.encoder.cfg.n_mels)  # (M, F)
+        bank = audio.kaldi_fbank(wav).to(device)
+        units = self.s3.encode(mel)
+        return {"mel": mel.T, "units": units, "voice": self.speaker((bank - bank.mean(0))[None])}
+
+    @torch.inference_mode()
+    def hear(
+        self, mel: Tensor, mel_keep: Tensor, layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """mel (B, M, F), mel_keep (B, F) -> last (B, T, C), taps, keep (B, T)."""
+        last, taps = self.encoder(mel, mel_keep, taps=layers)
+        return last, taps, mel_keep[:, :: self.encoder.cfg.stride]
+
+    @torch.inference_mode()
+    def transcribe(self, mel: Tensor, mel_keep: Tensor, max_new: int = 60) -> list[str]:
+        """mel (B, M, F), mel_keep (B, F) -> texts."""
+        last, _, keep = self.hear(mel, mel_keep, ())
+        rows = whisper_dec.transcribe(
+            self.decoder, last, keep, prefix=self.prefix, eos=self.eos, max_new=max_new
+        )
+        return [self.tokens.decode(row).strip() for row in rows]

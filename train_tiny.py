@@ -13,8 +13,9 @@
 The tokenizer and the spoken LM on top are trained by train_tokenizer.py and train_lm.py.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,22 @@ import audio
 import synth
 import text
 from common import Log, cosine, flag, parse, pick_device, run, seed_step
-from data import Batches, Item, Ragged, builtin, keep_mask, pad, prepare
+from data import BOS, EOS, UNK, Batches, Item, Ragged, builtin, digest, keep_mask, pad, prepare, word_spans
+from flow import SILENCE, Flow
 from flow import TINY as FLOW
-from flow import Flow
 from hift import TINY as HIFT
-from hift import HiFT
+from hift import (
+    TINY_JUDGES,
+    HiFT,
+    Judges,
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+    stft_loss,
+)
 from llm import TINY as LM
 from llm import Llama
-from metrics import wer
+from metrics import f0_correlation, mean_and_error, wer
 from pitch import pitch
 from s3_units import TINY as S3
 from s3_units import S3Units
@@ -45,8 +54,10 @@ from whisper_dec import WhisperDecoder, transcribe
 from whisper_enc import TINY as ENCODER
 from whisper_enc import WhisperEncoder
 
-UNIT_S = 0.04  # seconds per encoder frame and per unit
+FRAME_S = 0.01  # seconds per mel frame
 STAGES = ("asr", "s3", "speaker", "hift", "flow", "lm")
+TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
+FP16 = torch.float16  # of the files; everything computes in fp32
 STEPS = {"asr": 5000, "s3": 5000, "speaker": 600, "hift": 12000, "flow": 6000, "lm": 4000}
 
 
@@ -86,21 +97,28 @@ class Corpus:
         return pad([self.store.get(name, i)[2::4].float() for i in indices], -1)[0]
 
 
+def tokenizer(cfg: Config, name: str) -> text.Tokenizer:
+    """The tokenizer of "asr" or "lm", trained on sentences of the grammar if it is not there yet."""
+    path = cfg.out / name / "tokenizer.model"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = synth.texts(20000, 0)
+        write_atomic(path, text.train_sentencepiece(lines, TOKENIZERS[name], byte_fallback=False))
+    return text.load_tokenizer(path)
+
+
 def load_corpus(cfg: Config, split: str, asr: text.Tokenizer) -> Corpus:
     corpus = synth.load(n_train=cfg.utterances)
     items = builtin(corpus, split)
-    symbols = {symbol: i for i, symbol in enumerate(corpus.phones)}
 
     def compute(item: Item) -> dict[str, Tensor]:
         wav = item.wav(audio.WHISPER_RATE)
         mel = audio.whisper_mel(wav).T  # (F, 80)
         f0 = pitch(wav, audio.WHISPER_RATE, audio.WHISPER_HOP)
-        starts = torch.tensor([round(100 * p.start_s) for p in item.utterance.phones])
-        ids = torch.tensor([symbols[p.symbol] for p in item.utterance.phones])
-        frame = torch.searchsorted(starts, torch.arange(len(mel)), right=True) - 1
-        return {"mel": mel.half(), "f0": f0[: len(mel)].half(), "phones": ids[frame.clamp(min=0)].short()}
+        phones = synth.phone_frames(item.utterance, 1 / FRAME_S, len(mel))
+        return {"mel": mel.half(), "f0": f0[: len(mel)].half(), "phones": phones.short()}
 
-    store = prepare(items, compute, f"train_tiny 1 {corpus.digest} {split}", f"features of {split}")
+    store = prepare(items, compute, f"train_tiny 1 {digest(items)}", f"features of {split}")
     return Corpus(corpus, items, store, asr)
 
 
@@ -137,33 +155,26 @@ def descend(loss: Tensor, opt: torch.optim.Optimizer, lr: float, clip: float = 1
     return norm
 
 
-def align_targets(corpus: Corpus, indices: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> ids (B, N) with bos .. eos, -1 at padding; span (B, N - 1, T) bool: the frames in which
-    the word of the token that position n predicts is spoken; framewise phones (B, T)."""
+def asr_targets(corpus: Corpus, indices: list[int], frames: int) -> tuple[Tensor, Tensor]:
+    """-> ids (B, N + 1) with bos .. eos, -1 at padding; span (B, N, T) bool: the frames in which
+    the word of the token that position n predicts is spoken."""
     ids, spans = [], []
-    centre = (torch.arange(frames) + 0.5) * UNIT_S
     for i in indices:
-        item = corpus.items[i]
-        words = text.split_words(item.text)
-        pieces = [corpus.asr.encode(" " + word) for word in words]
-        ids.append(torch.tensor([text.BOS, *(p for piece in pieces for p in piece), text.EOS]))
-        span = [
-            (centre > w.start_s - UNIT_S) & (centre < w.end_s + UNIT_S)
-            for w, piece in zip(item.utterance.words, pieces, strict=True)
-            for _ in piece
-        ]
-        spans.append(torch.stack([*span, torch.ones(frames, dtype=torch.bool)]))  # eos: anywhere
-    return pad(ids, -1)[0], pad(spans)[0], corpus.frames("phones", indices).long()
+        row = text.align_words(corpus.items[i].text, corpus.asr, corpus.asr)
+        ids.append(torch.tensor([BOS, *row.asr_ids, EOS]))
+        span = word_spans(corpus.items[i].utterance, row.asr_word_ids, frames)
+        spans.append(F.pad(span, (0, 0, 0, 1), value=True))  # eos may look anywhere
+    return pad(ids, -1)[0], pad(spans)[0]
 
 
 def train_asr(cfg: Config, device: torch.device) -> None:
     """Cross-entropy + phones from the middle layer + two heads that must look at the word.
 
     Without the last two a corpus of hours does not teach attention to align."""
-    asr = tokenizer("asr")
+    asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     enc, dec = WhisperEncoder(ENCODER).to(device), WhisperDecoder(DECODER).to(device)
-    phone = nn.Linear(ENCODER.width, len(train.corpus.phones)).to(device)
+    phone = nn.Linear(ENCODER.width, len(synth.PHONES)).to(device)
     model = nn.ModuleDict({"enc": enc, "dec": dec, "phone": phone})
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     batches = Batches(train.store.lengths("mel"), 16, cfg.seed)
@@ -172,10 +183,11 @@ def train_asr(cfg: Config, device: torch.device) -> None:
         indices = batches(step)
         mel, lengths = train.mel(indices)
         mel = mel + 0.05 * torch.rand(len(mel), 1, 1) * torch.randn_like(mel)
-        ids, span, phones = align_targets(train, indices, ENCODER.frames(mel.shape[2]))
+        ids, span = asr_targets(train, indices, ENCODER.frames(mel.shape[2]))
+        phones = train.frames("phones", indices).long()
         target, inputs = ids[:, 1:], ids[:, :-1].clamp(min=0)
-        dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != text.BOS)
-        inputs = inputs.masked_fill(dropped, text.UNK)  # listen, do not guess from the words before
+        dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != BOS)
+        inputs = inputs.masked_fill(dropped, UNK)  # listen, do not guess from the words before
         mel_keep = keep_mask(lengths)
         keep = mel_keep[:, :: ENCODER.stride]
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -195,19 +207,29 @@ def train_asr(cfg: Config, device: torch.device) -> None:
 
     def check() -> dict[str, float]:
         model.eval()
-        said = [t for part in chunks(range(len(dev.items)), 50) for t in recognize(enc, dec, dev, part)]
+        said = [
+            t for part in chunks(range(len(dev.items)), 50) for t in recognize(enc, dec, dev, part)
+        ]
         model.train()
         return {"dev_wer": wer([item.text for item in dev.items], said)}
 
     fit(cfg, "asr", {"model": model, "opt": opt}, update, check)
     pair = nn.ModuleDict({"encoder": enc, "decoder": dec})
-    save_model(cfg.out / "asr", pair, {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)}, FP16)
+    config = {
+        "encoder": asdict(ENCODER),
+        "decoder": asdict(DECODER),
+        "prefix_ids": [BOS],
+        "eos": EOS,
+    }
+    save_model(cfg.out / "asr", pair, config, FP16)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """logits (B, N, V), target (B, N) with -1 = no target -> mean, in nats, in fp32."""
     n = min(logits.shape[1], target.shape[1])
-    return F.cross_entropy(logits[:, :n].float().flatten(0, 1), target[:, :n].flatten(), ignore_index=-1)
+    return F.cross_entropy(
+        logits[:, :n].float().flatten(0, 1), target[:, :n].flatten(), ignore_index=-1
+    )
 
 
 def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
@@ -215,13 +237,15 @@ def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def recognize(enc: WhisperEncoder, dec: WhisperDecoder, corpus: Corpus, indices: list[int]) -> list[str]:
+def recognize(
+    enc: WhisperEncoder, dec: WhisperDecoder, corpus: Corpus, indices: list[int]
+) -> list[str]:
     mel, lengths = corpus.mel(indices)
     mel_keep = keep_mask(lengths)
     device = next(enc.parameters()).device
     last, _ = enc(mel.to(device), mel_keep.to(device))
     keep = mel_keep[:, :: ENCODER.stride].to(device)
-    rows = transcribe(dec, last, keep, prefix=(text.BOS,), eos=text.EOS, max_new=40)
+    rows = transcribe(dec, last, keep, prefix=(BOS,), eos=EOS, max_new=40)
     return [corpus.asr.decode(row) for row in rows]
 
 
@@ -230,12 +254,12 @@ def train_s3(cfg: Config, device: torch.device) -> None:
 
     Departs from CosyVoice, where recognition is the only teacher: at this size such units keep
     no pitch, and then no tokenizer above them can."""
-    asr = tokenizer("asr")
+    asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     model = S3Units(S3).to(device)
     heads = nn.ModuleDict(
         {
-            "phone": nn.Linear(S3.width, len(train.corpus.phones)),
+            "phone": nn.Linear(S3.width, len(synth.PHONES)),
             "pitch": nn.Linear(S3.width, 2),
             "mel": nn.Linear(S3.width, 4 * S3.n_mels),
         }
@@ -272,7 +296,13 @@ def train_s3(cfg: Config, device: torch.device) -> None:
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         losses = losses_of(train, batches(step))
-        total = losses["phone"] + losses["f0"] + 0.5 * losses["voicing"] + 3 * losses["mel"] + losses["commit"]
+        total = (
+            losses["phone"]
+            + losses["f0"]
+            + 0.5 * losses["voicing"]
+            + 3 * losses["mel"]
+            + losses["commit"]
+        )
         descend(total, opt, cosine(step, steps, 1.5e-3, 200))
         return losses
 
@@ -303,7 +333,7 @@ def voice_pitch(corpus: Corpus) -> dict[str, Tensor]:
 
 def train_speaker(cfg: Config, device: torch.device) -> None:
     """Which of the training voices is it? Crops of 1 to 2 s; the classifier is thrown away."""
-    train = load_corpus(cfg, "train", tokenizer("asr"))
+    train = load_corpus(cfg, "train", tokenizer(cfg, "asr"))
     voices = {voice: i for i, voice in enumerate(sorted({item.speaker for item in train.items}))}
     model, head = CAMPlus(SPEAKER).to(device), nn.Linear(SPEAKER.dim, len(voices)).to(device)
     opt = torch.optim.AdamW([*model.parameters(), *head.parameters()], weight_decay=0.01)
@@ -340,9 +370,11 @@ def crop(x: Tensor, n: int) -> Tensor:
 
 def train_hift(cfg: Config, device: torch.device) -> None:
     """True F0 drives the source; STFT and mel distance first, discriminators for the second half."""
-    train, dev = load_corpus(cfg, "train", tokenizer("asr")), load_corpus(cfg, "dev", tokenizer("asr"))
+    train, dev = (
+        load_corpus(cfg, "train", tokenizer(cfg, "asr")),
+        load_corpus(cfg, "dev", tokenizer(cfg, "asr")),
+    )
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
-    init_for_training(model)
     opt = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
     judge_opt = torch.optim.AdamW(judges.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
     size = 40 * audio.VOCODER_HOP
@@ -350,7 +382,9 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     def update(step: int, steps: int) -> dict[str, Tensor]:
         indices = torch.randint(len(train.items), (16,)).tolist()
         wavs = [train.items[i].wav(audio.VOCODER_RATE) for i in indices]
-        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs]).to(device)
+        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs]).to(
+            device
+        )
         mel = audio.vocoder_mel(wav)  # (B, 80, F)
         f0 = pitch(wav, audio.VOCODER_RATE, audio.VOCODER_HOP)  # (B, F)
         fake = model(mel, f0=f0)
@@ -378,7 +412,12 @@ def train_hift(cfg: Config, device: torch.device) -> None:
         for item in dev.items[:20]:
             wav = item.wav(audio.VOCODER_RATE).to(device)
             copy = model(audio.vocoder_mel(wav)[None])[0].cpu()
-            pairs.append((item.wav(audio.WHISPER_RATE), audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE)))
+            pairs.append(
+                (
+                    item.wav(audio.WHISPER_RATE),
+                    audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE),
+                )
+            )
         return {"dev_f0": mean_and_error([f0_correlation(a, b, warp=False) for a, b in pairs])[0]}
 
     state = {"model": model, "judges": judges, "opt": opt, "judge_opt": judge_opt}
@@ -388,10 +427,13 @@ def train_hift(cfg: Config, device: torch.device) -> None:
 
 def train_flow(cfg: Config, device: torch.device) -> None:
     """Units and voice vectors of the models above -> mel."""
-    train, dev = load_corpus(cfg, "train", tokenizer("asr")), load_corpus(cfg, "dev", tokenizer("asr"))
+    train, dev = (
+        load_corpus(cfg, "train", tokenizer(cfg, "asr")),
+        load_corpus(cfg, "dev", tokenizer(cfg, "asr")),
+    )
     s3 = load_model(S3Units(S3), cfg.out / "s3")
     speaker = load_model(CAMPlus(SPEAKER), cfg.out / "speaker")
-    digest = file_digest(cfg.out / "s3") + file_digest(cfg.out / "speaker")
+    models = file_digest(cfg.out / "s3") + file_digest(cfg.out / "speaker")
 
     @torch.inference_mode()
     def compute(item: Item) -> dict[str, Tensor]:
@@ -403,7 +445,12 @@ def train_flow(cfg: Config, device: torch.device) -> None:
         }
 
     stores = [
-        prepare(c.items, compute, f"train_tiny flow 1 {c.corpus.digest} {digest} {name}", f"units of {name}")
+        prepare(
+            c.items,
+            compute,
+            f"train_tiny flow 1 {digest(c.items)} {models}",
+            f"units of {name}",
+        )
         for c, name in ((train, "train"), (dev, "dev"))
     ]
     model = Flow(FLOW).to(device)
@@ -436,7 +483,7 @@ def train_flow(cfg: Config, device: torch.device) -> None:
 
 def train_lm(cfg: Config, device: torch.device) -> None:
     """Next-token prediction over fresh sentences of the grammar: no sentence is seen twice by plan."""
-    lm = tokenizer("lm")
+    lm = tokenizer(cfg, "lm")
     held_out = synth.load(n_train=cfg.utterances).held_out()
     model = Llama(LM).to(device)
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -445,7 +492,13 @@ def train_lm(cfg: Config, device: torch.device) -> None:
         """Streams of several documents: bos, then words one by one, as in the spoken LM."""
         texts = synth.texts(4 * 48, seed, held_out)
         rows = [" ".join(texts[i : i + 4]) for i in range(0, len(texts), 4)]
-        ids = pad([torch.tensor([text.BOS, *(p for w in text.split_words(row) for p in lm.encode(" " + w))]) for row in rows], -1)[0]
+        ids = pad(
+            [
+                torch.tensor([BOS, *(p for w in text.split_words(row) for p in lm.encode(" " + w))])
+                for row in rows
+            ],
+            -1,
+        )[0]
         return ids[:, :-1].clamp(min=0).to(device), ids[:, 1:].to(device)
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
@@ -458,3 +511,28 @@ def train_lm(cfg: Config, device: torch.device) -> None:
 
     fit(cfg, "lm", {"model": model, "opt": opt}, update, dict)
     save_model(cfg.out / "lm", model, LM, FP16)
+
+
+def file_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    cfg = parse(Config, PRESETS, __doc__)
+    torch.set_num_threads(cfg.threads)
+    device = pick_device(cfg.device)
+    train = {
+        "asr": train_asr,
+        "s3": train_s3,
+        "speaker": train_speaker,
+        "hift": train_hift,
+        "flow": train_flow,
+        "lm": train_lm,
+    }
+    for name in STAGES if cfg.only == "all" else (cfg.only,):
+        torch.manual_seed(cfg.seed)
+        train[name](cfg, device)
+
+
+if __name__ == "__main__":
+    run(main)

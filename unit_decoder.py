@@ -12,7 +12,7 @@
 
 A score knows only i - j, so shorter texts are shifted right until all task positions meet: items
 stay contiguous, unit t is predicted in one column, and one KV cache serves the whole batch.
-[TASTE: Tseng et al. 2025, arXiv:2504.07053, sec. 3.1.3; the layers are those of CosyVoice-300M's
+[TASTE: Tseng et al. 2025, arXiv:2504.07053; the layers are those of CosyVoice-300M's
 LLM, Du et al. 2024, arXiv:2407.05407; attention: Dai et al. 2019, arXiv:1901.02860, sec. 3.3]
 """
 
@@ -28,10 +28,7 @@ from torch import Tensor, nn
 from kv_cache import KVCache, causal_keep
 
 IGNORE = -1  # pads units and targets: 0 is a real unit
-EXTRA = 3  # positions of the prompt that are not text: sos, speaker, task
 MAX_TIME = 10000.0  # longest period of R, in positions / 2 pi
-TOP_K = 25  # units that a draw may choose from
-MIN_RATIO, MAX_RATIO = 2.0, 20.0  # units per position of the prompt
 INIT_STD = 0.02  # of every weight matrix and embedding
 
 
@@ -52,17 +49,16 @@ class UnitDecoderConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if small := [k for k, v in vars(self).items() if k != "dropout" and v < 1]:
-            raise ValueError(f"{small} must be at least 1, got {self}")
+        sizes = {k: v for k, v in vars(self).items() if k != "dropout"}
+        if min(sizes.values()) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"sizes must be at least 1 and dropout in [0, 1), got {self}")
         for name in ("branch_width", "width"):
             if (width := getattr(self, name)) % (2 * self.heads):
                 raise ValueError(f"{name}={width} must be a multiple of 2 * heads={2 * self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
 
 TINY = UnitDecoderConfig(
-    vocab=512, units=512, audio_dim=128, speaker_dim=64, embed_dim=128, branch_width=128,
+    vocab=512, units=1024, audio_dim=128, speaker_dim=64, embed_dim=128, branch_width=128,
     width=128, heads=4, ffn=512, text_blocks=2, audio_blocks=1, lm_blocks=4,
 )  # fmt: skip
 
@@ -102,8 +98,8 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
 def by_key(x: Tensor) -> Tensor:
     """(B, H, n, t) by distance t-1 .. 0 -> (B, H, n, t) by key 0 .. t-1, for the last n queries.
 
-    Query i wants column n-1-i+j for key j: one more column makes each row slip by one.
-    Entries of the future (j > i) are meaningless. [Dai et al. 2019, appendix B]"""
+    One more column makes each row slip by one. What lies in the future of a query is meaningless.
+    [Dai et al. 2019, appendix B]"""
     n, t = x.shape[-2:]
     return F.pad(x, (1, 0)).flatten(-2)[..., n:].unflatten(-1, (n, t))
 
@@ -115,19 +111,16 @@ class RelativeAttention(nn.Module):
         self.q, self.v = nn.Linear(width, width), nn.Linear(width, width)
         self.k = nn.Linear(
             width, width
-        )  # Quirk: its bias cancels in the softmax, public files have it
+        )  # Quirk: public files have its bias, the softmax cancels it
         self.pos = nn.Linear(width, width, bias=False)
         self.bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, n, C); distance (H, t, D), W_pos R; seen (B or 1, 1, n, t) bool -> (B, n, C)."""
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
-        k = self.k(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
-        v = self.v(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
+        qkv = (f(x).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))
+        q, k, v = (y.transpose(1, 2) for y in qkv)  # (B, H, n, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, t, D)
         content = (q + self.bias_u[:, None]) @ k.transpose(2, 3)  # (B, H, n, t)
@@ -147,24 +140,18 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.act, self.drop = act, nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, n, C) -> (B, n, C): pre-norm attention, then pre-norm feed-forward."""
         x = x + self.drop(self.attn(self.norm1(x), distance, seen, cache))
         return x + self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm2(x))))))
 
 
-@dataclass
-class Past:
-    """What generation keeps of the steps before, one entry per block."""
-
-    caches: list[KVCache]
-    distance: list[Tensor]  # W_pos R for all distances, (H, max_len, D), farthest first
+# what generation keeps, per block: keys and values so far, and W_pos R, (H, max_len, D)
+Past = list[tuple[KVCache, Tensor]]
 
 
 class Stack(nn.Module):
-    """A causal transformer with its input layer. ReLU in the language model, SiLU in the branches."""
+    """A causal transformer with its input layer. ReLU in the language model, SiLU in branches."""
 
     def __init__(
         self, inputs: int, width: int, blocks: int, config: UnitDecoderConfig, is_lm: bool = False
@@ -172,29 +159,26 @@ class Stack(nn.Module):
         super().__init__()
         self.width, self.is_lm = width, is_lm
         self.into, self.into_norm = nn.Linear(inputs, width), nn.LayerNorm(width)
-        act = nn.ReLU() if is_lm else nn.SiLU()
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.ffn, config.dropout, act) for _ in range(blocks)
-        )
+        layer = config.heads, config.ffn, config.dropout, nn.ReLU() if is_lm else nn.SiLU()
+        self.blocks = nn.ModuleList(Block(width, *layer) for _ in range(blocks))
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(config.dropout)
 
     def distances(self, length: int) -> list[Tensor]:
         """W_pos R(length-1 .. 0), (H, length, D), of each block."""
         table = sinusoids(length, self.width, self.into.weight.device)  # (length, C)
-        attns = [block.attn for block in self.blocks]
+        attns = [m for m in self.modules() if isinstance(m, RelativeAttention)]
         return [a.pos(table).unflatten(1, (a.heads, -1)).transpose(0, 1) for a in attns]
 
     def past(self, max_len: int) -> Past:
         """Room for max_len positions, to be handed to forward step by step."""
-        return Past([KVCache(max_len) for _ in self.blocks], self.distances(max_len))
+        return [(KVCache(max_len), distance) for distance in self.distances(max_len)]
 
     def forward(self, x: Tensor, keep: Tensor | None = None, past: Past | None = None) -> Tensor:
         """x (B, n, inputs), the next n positions -> (B, n, C). keep (B, t): which keys are real.
 
         Without `past` t = n. Padding on the right needs no keep: nothing real looks ahead."""
         n = x.shape[1]
-        t = n + (past.caches[0].length if past else 0)
-        distance = [d[:, -t:] for d in past.distance] if past else self.distances(t)
+        t = n + past[0][0].length if past else n
         seen = causal_keep(n, t - n, x.device)  # (n, t)
         if keep is not None:
             seen = (seen & keep[:, None])[:, None]  # (B, 1, n, t): the same for all heads
@@ -202,8 +186,9 @@ class Stack(nn.Module):
         if self.is_lm:
             x = x.relu()  # Quirk: the published LM clips its input, so that it is never negative
         x = self.drop(x * self.width**0.5)
+        distance = [d[:, -t:] for _, d in past] if past else self.distances(n)  # (H, t, D) each
         for i, block in enumerate(self.blocks):
-            x = block(x, distance[i], seen, past.caches[i] if past else None)
+            x = block(x, distance[i], seen, past[i][0] if past else None)
         return self.norm(x)
 
 
@@ -223,7 +208,11 @@ class UnitDecoder(nn.Module):
         self.unit_embed = nn.Embedding(config.units, C)
         self.lm = Stack(C, C, config.lm_blocks, config, is_lm=True)
         self.head = nn.Linear(C, config.units + 1)
-        self.apply(_init)
+        for module in self.modules():  # the published start of training: small, no bias
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -236,17 +225,16 @@ class UnitDecoder(nn.Module):
     ) -> UnitDecoderOutput:
         """Teacher forcing: the prompt as in `prompt`, units (B, U) int64, padded right with -1.
 
-        history_keep (B, U) bool, ours, not the papers': where False, the model hears nothing of
-        that unit (its embedding is zero) and must ask text and audio. A random mask in training
-        is history dropout; all False in evaluation gives the history-masked accuracy. Units stay
-        targets in any case. Raises ValueError for units out of range or not padded right."""
-        U = units.shape[1]
+        history_keep (B, U) bool, ours, not the papers': where False, that unit's embedding is zero
+        and the model must ask text and audio. A random mask in training is history dropout; all
+        False in evaluation gives the history-masked accuracy. Masked units stay targets.
+        Raises ValueError for units out of range or not padded right."""
         _check_units(units, self.config.units)
         prompt, keep = self.prompt(text_ids, text_keep, audio, speaker)  # (B, P, C), (B, P)
         history = self.unit_embed(units.clamp(min=0))  # (B, U, C)
         if history_keep is not None:
             history = history.masked_fill(~history_keep[..., None], 0.0)
-        x = self.lm(torch.cat([prompt, history], 1), F.pad(keep, (0, U), value=True))
+        x = self.lm(torch.cat([prompt, history], 1), F.pad(keep, (0, units.shape[1]), value=True))
         logits = self.head(x[:, prompt.shape[1] - 1 :]).float()  # (B, 1+U, units+1)
         target = F.pad(units, (0, 1), value=IGNORE)  # (B, 1+U)
         target.scatter_(1, (units != IGNORE).sum(1, keepdim=True), self.config.units)
@@ -261,15 +249,24 @@ class UnitDecoder(nn.Module):
         its keep (B, P), P = 3 + N. audio=None: the text branch alone, no mixing."""
         B, N = text_ids.shape
         keep = torch.ones_like(text_ids, dtype=torch.bool) if text_keep is None else text_keep
-        _check_prompt(text_ids, keep, audio, speaker, self.config)
+        self._check([B, N], keep, audio, speaker)
         voice = self.speaker(F.normalize(speaker.float(), dim=-1))[:, None]  # (B, 1, C)
         marks = self.marks.weight.expand(B, -1, -1)  # (B, 2, C)
         fused = self.fuse(text_ids, keep, audio)  # (B, N, C)
         x = torch.cat([marks[:, :1], voice, fused, marks[:, 1:]], 1)  # (B, P, C)
-        at = torch.arange(N + EXTRA, device=x.device)  # (P,)
+        at = torch.arange(x.shape[1], device=x.device)  # (P,)
         shift = N - keep.sum(1, keepdim=True)  # (B, 1)
-        source = torch.where(at < N + EXTRA - 1, (at - shift).clamp(min=0), at)  # (B, P)
+        source = torch.where(at < at[-1], (at - shift).clamp(min=0), at)  # (B, P): task stays last
         return x.gather(1, source[..., None].expand_as(x)), at >= shift
+
+    def _check(self, BN: list[int], keep: Tensor, audio: Tensor | None, speaker: Tensor) -> None:
+        wanted = {"text_keep": BN, "speaker": [BN[0], self.config.speaker_dim]}
+        wanted["audio"] = [*BN, self.config.audio_dim]
+        for name, x in {"text_keep": keep, "speaker": speaker, "audio": audio}.items():
+            if x is not None and [*x.shape] != wanted[name]:
+                raise ValueError(f"{name}: shape {[*x.shape]}, wanted {wanted[name]}")
+        if (~keep[:, :1].any(1)).any() | (keep[:, 1:] & ~keep[:, :-1]).any():
+            raise ValueError("text_keep: each item needs a token, and padding only on the right")
 
     def fuse(self, text_ids: Tensor, keep: Tensor, audio: Tensor | None) -> Tensor:
         """text_ids, keep (B, N), audio (B, N, Ca) or None -> (B, N, C); padding holds leftovers."""
@@ -289,10 +286,10 @@ class UnitDecoder(nn.Module):
         audio: Tensor | None,
         speaker: Tensor,
         *,
-        top_k: int = TOP_K,
+        top_k: int = 25,
         temperature: float = 1.0,
-        min_ratio: float = MIN_RATIO,
-        max_ratio: float = MAX_RATIO,
+        min_ratio: float = 2.0,
+        max_ratio: float = 20.0,
         min_len: int | None = None,
         max_len: int | None = None,
         greedy: bool = False,
@@ -308,8 +305,9 @@ class UnitDecoder(nn.Module):
         if temperature <= 0 or top_k < 1:
             raise ValueError(f"wanted temperature > 0 and top_k >= 1, got {temperature}, {top_k}")
         x, keep = self.prompt(text_ids, text_keep, audio, speaker)  # (B, P, C), (B, P)
-        least = _limit(keep.sum(1), min_ratio, min_len)  # (B,)
-        most = _limit(keep.sum(1), max_ratio, max_len)  # (B,)
+        L = keep.sum(1)  # (B,) Quirk: the published limits count the whole prompt, not the text
+        least = (L * min_ratio).long() if min_len is None else torch.full_like(L, min_len)
+        most = (L * max_ratio).long() if max_len is None else torch.full_like(L, max_len)
         if (least > most).any() or (most < 1).any():
             raise ValueError(f"no length between {least.tolist()} and {most.tolist()} units")
         draw = partial(pick, top_k=1 if greedy else top_k, temperature=temperature, rng=rng)
@@ -342,60 +340,32 @@ def pick(
 
     The published code draws from the best top_k until the draw is not EOS, which may take for ever.
     Taking EOS out of those top_k and drawing once has the same distribution."""
-    allowed = torch.zeros_like(logits, dtype=torch.bool)
-    allowed.scatter_(1, logits.topk(min(top_k, logits.shape[1])).indices, True)
+    top = logits.topk(min(top_k, logits.shape[1])).indices  # (B, top_k)
     logits = torch.cat([logits[:, :-1], logits[:, -1:].masked_fill(early[:, None], -torch.inf)], 1)
     best = logits.argmax(-1, keepdim=True)  # (B, 1), stays when EOS was the only one of the top_k
     if top_k == 1:
         return best.squeeze(1)
-    logits = logits.masked_fill(~allowed.scatter(1, best, True), -torch.inf)
-    return (logits / temperature).softmax(-1).multinomial(1, generator=rng).squeeze(1)
-
-
-def _limit(prompt_len: Tensor, ratio: float, fixed: int | None) -> Tensor:
-    """(B,) units: `fixed`, or, as published, ratio * the whole prompt and not ratio * the text."""
-    return (prompt_len * ratio).long() if fixed is None else torch.full_like(prompt_len, fixed)
-
-
-def _init(module: nn.Module) -> None:
-    """N(0, 0.02) weights, zero biases: the published start of training."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, torch.cat([top, best], 1), True)
+    odds = (logits.masked_fill(~allowed, -torch.inf) / temperature).softmax(-1)  # (B, units+1)
+    return odds.multinomial(1, generator=rng).squeeze(1)
 
 
 def _check_units(units: Tensor, count: int) -> None:
     gap = (units[:, 1:] != IGNORE) & (units[:, :-1] == IGNORE)  # (B, U-1)
     if gap.any() | ((units < IGNORE) | (units >= count)).any():
-        wanted = f"0..{count - 1}, padded right with {IGNORE} (EOS is added here)"
-        raise ValueError(
-            f"units: wanted {wanted}, got {units.min()}..{units.max()}, {gap.sum()} gaps"
-        )
+        got = f"{units.min()}..{units.max()} with {gap.sum()} gaps"
+        raise ValueError(f"units {got}: wanted 0..{count - 1}, right-padded with {IGNORE}, no EOS")
 
 
-def _check_prompt(
-    text_ids: Tensor, keep: Tensor, audio: Tensor | None, speaker: Tensor, c: UnitDecoderConfig
-) -> None:
-    B, N = text_ids.shape
-    wrong = {"text_keep": (keep.shape, (B, N)), "speaker": (speaker.shape, (B, c.speaker_dim))}
-    if audio is not None:
-        wrong["audio"] = (audio.shape, (B, N, c.audio_dim))
-    for name, (got, wanted) in wrong.items():
-        if tuple(got) != wanted:
-            raise ValueError(f"{name}: shape {[*got]}, wanted {[*wanted]}")
-    if (~keep[:, :1].any(1)).any() | (keep[:, 1:] & ~keep[:, :-1]).any():
-        raise ValueError("text_keep: each item needs a token, and padding only on the right")
-
-
-def _stack_names(theirs: str, ours: str) -> dict[str, str]:
-    at, block = rf"speech_decoder\.{theirs}\.", rf"speech_decoder\.{theirs}\.encoders\.(\d+)\."
+def _names(theirs: str, ours: str) -> dict[str, str]:
+    stack = rf"speech_decoder\.{theirs}\."
+    attn, block = stack + r"encoders\.(\d+)\.self_attn\.", stack + r"encoders\.(\d+)\."
     return {
-        at + r"embed\.out\.0\.(\w+)": rf"{ours}.into.\1",
-        at + r"embed\.out\.1\.(\w+)": rf"{ours}.into_norm.\1",
-        at + r"after_norm\.(\w+)": rf"{ours}.norm.\1",
-        block + r"self_attn\.linear_(q|k|v|out|pos)\.(\w+)": rf"{ours}.blocks.\1.attn.\2.\3",
-        block + r"self_attn\.pos_(bias_[uv])": rf"{ours}.blocks.\1.attn.\2",
+        stack + r"embed\.out\.0\.(\w+)": rf"{ours}.into.\1",
+        stack + r"embed\.out\.1\.(\w+)": rf"{ours}.into_norm.\1",
+        stack + r"after_norm\.(\w+)": rf"{ours}.norm.\1",
+        attn + r"linear_(q|k|v|out|pos)\.(\w+)": rf"{ours}.blocks.\1.attn.\2.\3",
+        attn + r"pos_(bias_[uv])": rf"{ours}.blocks.\1.attn.\2",
         block + r"feed_forward\.w_([12])\.(\w+)": rf"{ours}.blocks.\1.fc\2.\3",
         block + r"(?:norm1|norm_mha)\.(\w+)": rf"{ours}.blocks.\1.norm1.\2",
         block + r"(?:norm2|norm_ff)\.(\w+)": rf"{ours}.blocks.\1.norm2.\2",
@@ -403,13 +373,12 @@ def _stack_names(theirs: str, ours: str) -> dict[str, str]:
 
 
 NAMES = {
-    **_stack_names("text_encoder", "text"),
-    **_stack_names("audio_token_encoder", "audio"),
-    **_stack_names("llm", "lm"),
+    **_names("text_encoder", "text"),
+    **_names("audio_token_encoder", "audio"),
+    **_names("llm", "lm"),
     r"speech_decoder\.text_embedding\.weight": "text_embed.weight",
-    r"speech_decoder\.text_encoder_affine_layer\.(\w+)": r"text_out.\1",
+    r"speech_decoder\.(text|audio)(?:_token)?_encoder_affine_layer\.(\w+)": r"\1_out.\2",
     r"speech_decoder\.audio_embed_affine_layer\.(\w+)": r"audio_in.\1",
-    r"speech_decoder\.audio_token_encoder_affine_layer\.(\w+)": r"audio_out.\1",
     r"speech_decoder\.fuse_encoded_audio_text_module\.weights": "mix",
     r"speech_decoder\.spk_embed_affine_layer\.(\w+)": r"speaker.\1",
     r"speech_decoder\.llm_embedding\.weight": "marks.weight",
@@ -422,8 +391,9 @@ if __name__ == "__main__":
     model = UnitDecoder(TINY).eval()
     text, units = torch.randint(TINY.vocab, (2, 8)), torch.randint(TINY.units, (2, 70))
     audio, voice = torch.randn(2, 8, TINY.audio_dim), torch.randn(2, TINY.speaker_dim)
-    logits = model(text, None, audio, voice, units).logits
-    said, stopped = model.generate(text, None, audio, voice, max_len=50)
-    print(f"text {(*text.shape,)}, audio {(*audio.shape,)} -> logits {(*logits.shape,)}")
-    print(f"generated {[len(u) for u in said]} units, stopped {stopped.tolist()}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    out = model(text, None, audio, voice, units)
+    said, _ = model.generate(text, None, audio, voice, max_len=50)
+    print(f"text {(*text.shape,)}, audio {(*audio.shape,)} -> logits {(*out.logits.shape,)}")
+    print(
+        f"{[len(u) for u in said]} units, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )

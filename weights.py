@@ -47,7 +47,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 
-def rename(tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()) -> dict[str, Tensor]:
+def rename(
+    tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Public names -> ours. Each tensor must match exactly one row of `names`, or a regex in `skip`."""
     ours: dict[str, Tensor] = {}
     problems = []
@@ -92,7 +94,9 @@ def as_config(cls: type[Config], values: Mapping[str, Any], what: str = "config.
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if values.keys() != fields:
         odd = sorted(values.keys() ^ fields)
-        raise ValueError(f"{what}: keys {odd} do not fit {cls.__name__}, which has {sorted(fields)}")
+        raise ValueError(
+            f"{what}: keys {odd} do not fit {cls.__name__}, which has {sorted(fields)}"
+        )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

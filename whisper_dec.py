@@ -216,7 +216,7 @@ def transcribe(
         hidden = model(ids, keys, keep=keep, caches=caches)[:, -1:]  # (B, 1, C)
         scores = model.logits(hidden)[:, 0].float()  # (B, V)
         scores[:, [*suppress, *(suppress_first if step == 0 else ())]] = -torch.inf
-        ids = scores.argmax(-1).masked_fill(done, eos)[:, None]  # (B, 1)
+        ids = scores.argmax(-1, keepdim=True)  # (B, 1), after an item's eos: cut off below
         steps.append(ids)
         done |= ids[:, 0] == eos
         if done.all():

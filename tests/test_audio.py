@@ -285,13 +285,16 @@ def test_write_refuses_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["folder.wav"]
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [(Path, "write_bytes"), (audio.os, "replace")], ids=str)
+def test_a_failed_write_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[object, str]
+) -> None:
     audio.write(tmp_path / "a.wav", torch.full((5,), 0.25), 16000)
 
-    def full_disk(path: Path, data: bytes) -> int:
+    def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(*broken, full_disk)
     with pytest.raises(OSError, match=r"a\.wav: cannot be written \(No space left"):
         audio.write(tmp_path / "a.wav", torch.zeros(5), 16000)
     monkeypatch.undo()

@@ -89,6 +89,8 @@ def test_padding_neither_leaks_nor_learns() -> None:
     (batch.embedding[KEEP].sum() + batch.loss).backward()
     assert x.grad is not None
     assert (x.grad[~KEEP] == 0).all()
+    (padding,) = torch.autograd.grad(fsq(x, KEEP).embedding[~KEEP].sum(), fsq.encoder.bias)
+    assert (padding == 0).all()
     alone = [fsq(x[:1]), fsq(x[1:, :3])]
     assert torch.equal(batch.codes[0], alone[0].codes[0])
     assert torch.equal(batch.codes[1, :3], alone[1].codes[0])

@@ -125,6 +125,21 @@ def test_the_first_step_starts_the_codebooks_from_the_data() -> None:
     assert len(rvq.encode(x)[..., 0].unique()) > 200
 
 
+def test_kmeans_leaves_an_unused_mean_and_starts_the_averages() -> None:
+    torch.manual_seed(0)
+    r, start = torch.randn(50, 4), torch.cat([torch.randn(3, 4), torch.full((1, 4), 99.0)])
+    means, count = kmeans(r, start, 5)
+    assert torch.equal(means[3], start[3])
+    assert count[3] == 0
+    book = RVQ(RVQConfig(8, 4, 6, 1, kmeans_iters=5)).layers[0]
+    book.start(r)
+    assert book.count.sum() == 50
+    torch.testing.assert_close(book.total, book.code * book.count[..., None])
+    code = book.code.clone()
+    book.update(r, book.nearest(r))
+    torch.testing.assert_close(book.code, code, rtol=0, atol=0.05)  # it goes on from there
+
+
 def test_one_step_follows_from_the_seed() -> None:
     def step() -> dict[str, Tensor]:
         torch.manual_seed(3)
@@ -144,7 +159,7 @@ def test_dropout_draws_every_depth() -> None:
 def test_dead_codes_restart() -> None:
     torch.manual_seed(0)
     rvq = RVQ(RVQConfig(8, 4, 16, 1, kmeans_iters=0, dead_code_threshold=0.5)).train()
-    rvq.layers[0].code[0, 5:] = 1e3  # nobody is near
+    rvq.layers[0].code[0, 5:] = rvq.layers[0].total[0, 5:] = 1e3  # nobody is near
     for _ in range(80):
         rvq(torch.randn(4, 30, 8))
     assert len(rvq.encode(torch.randn(4, 100, 8)).unique()) > 12
@@ -177,7 +192,8 @@ def test_decode_is_forward_also_under_autocast() -> None:
         inside, decoded = rvq(x, KEEP), rvq.decode(rvq.encode(x, KEEP))
     assert torch.equal(inside.codes, plain.codes)
     assert torch.equal(rvq.encode_latent(rvq.project_in(x))[KEEP], plain.codes[KEEP])
-    torch.testing.assert_close(decoded, plain.embedding)
+    assert torch.equal(decoded, plain.embedding)
+    assert torch.equal(inside.embedding, plain.embedding)
     assert (rvq.n_codebooks, rvq.n_codes, rvq.bits_per_token) == (4, 512, 36.0)
 
 
@@ -219,6 +235,7 @@ def train_a_rank(rank: int, file: str, config: RVQConfig) -> None:
     torch.save([depths, rvq.state_dict()], f"{file}.{rank}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     file, config = str(tmp_path / "group"), RVQConfig(8, 4, 9, 3, kmeans_iters=5)
     mp.spawn(train_a_rank, (file, config), nprocs=2)

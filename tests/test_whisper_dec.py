@@ -105,7 +105,7 @@ def test_cached_equals_uncached(cuts: tuple[int, ...]) -> None:
 def test_audio_is_projected_once() -> None:
     model, (ids, keys, _, _) = build(), batch()
     calls: list[int] = []
-    model.blocks[0].cross.key.register_forward_hook(lambda *_: calls.append(1))
+    model.get_submodule("blocks.0.cross.key").register_forward_hook(lambda *_: calls.append(1))
     caches = model.new_caches()
     for part in ids.split(1, dim=1):
         model(part, keys, caches=caches)

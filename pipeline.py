@@ -1,0 +1,173 @@
+"""The whole system from a bundle folder: hear, encode, continue, speak.
+
+    wav (S,) 16 kHz --transcribe--> text --encode--> Speech(words, codes (W, Q), voice (X,))
+    Speech --reply--> more words and codes, same voice      the spoken LM, see spoken_lm.py
+    Speech --speak--> wav (S',) 22.05 kHz                   unit decoder, flow, HiFT
+
+Long recordings are cut at their quietest moments, long texts at sentence ends, because the models
+know pieces of a few seconds; every piece goes through the same path and the results are joined.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import audio
+import text
+from data import keep_mask, pad
+from tokenizer import Frontend, load_tokenizer
+from vocoder import load_vocoder
+
+RATE = audio.WHISPER_RATE
+SHORTEST_S = 0.2  # seconds; less cannot hold a word
+WINDOW_S = 8.0  # longest piece that is heard at once
+WORDS = 10  # longest piece that is spoken at once, as in the training corpus
+SILENCE_RMS = 1e-3  # of full scale
+PAUSE_S = 0.1  # between two pieces that are spoken one after the other
+TOP_K, TEMPERATURE = 25, 0.7  # of the units; the temperature was chosen on the dev split
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Words with their codes, in a voice: what the spoken LM reads and writes."""
+
+    words: list[str]
+    codes: Tensor | None  # (W, Q) int64; None: text only
+    voice: Tensor  # (X,)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    def part(self, first: int, last: int) -> "Speech":
+        codes = None if self.codes is None else self.codes[first:last]
+        return replace(self, words=self.words[first:last], codes=codes)
+
+
+def check_wav(wav: Tensor, name: str) -> Tensor:
+    """wav (S,) at 16 kHz, or ValueError: too short or silent."""
+    if len(wav) < SHORTEST_S * RATE:
+        raise ValueError(
+            f"{name} lasts {len(wav) / RATE:.3f} s, wanted at least {SHORTEST_S} s of speech"
+        )
+    if wav.square().mean().sqrt() < SILENCE_RMS:
+        raise ValueError(f"{name} is silent; wanted a recording of speech")
+    return wav
+
+
+def cut(wav: Tensor, window_s: float = WINDOW_S) -> list[Tensor]:
+    """wav (S,) -> pieces of at most window_s, cut where the energy of 50 ms is lowest."""
+    pieces, size, hop = [], int(window_s * RATE), RATE // 20
+    while len(wav) > size:
+        second_half = wav[size // 2 : size].unfold(0, hop, hop).square().sum(-1)  # (n,)
+        at = size // 2 + int(second_half.argmin()) * hop + hop // 2
+        pieces.append(wav[:at])
+        wav = wav[at:]
+    return [*pieces, wav]
+
+
+def sentences(words: list[str], longest: int = WORDS) -> list[tuple[int, int]]:
+    """Spans of words to speak at once: to a full stop, or to `longest` words."""
+    spans, first = [], 0
+    for i, word in enumerate(words, 1):
+        if word.endswith(".") or i - first == longest or i == len(words):
+            spans.append((first, i))
+            first = i
+    return spans
+
+
+class Pipeline:
+    def __init__(self, bundle: Path, tokenizer: Path, device: str | torch.device = "cpu") -> None:
+        """bundle: asr, s3, speaker, flow, hift; tokenizer: a folder of train_tokenizer.py."""
+        self.device = torch.device(device)
+        self.frontend = Frontend(bundle).to(self.device)
+        self.tokenizer = load_tokenizer(tokenizer).to(self.device)
+        self.vocoder = load_vocoder(bundle).to(self.device)
+
+    def mels(self, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """-> mel (B, M, F), keep (B, F)"""
+        bins = self.frontend.encoder.cfg.n_mels
+        mel, lengths = pad([audio.whisper_mel(wav, bins).T for wav in wavs])
+        return mel.transpose(1, 2).to(self.device), keep_mask(lengths).to(self.device)
+
+    def transcribe(self, wav: Tensor) -> str:
+        """wav (S,) at 16 kHz, any length -> text."""
+        said = [self.frontend.transcribe(*self.mels([piece]))[0] for piece in cut(wav)]
+        return " ".join(piece for piece in said if piece)
+
+    def voice(self, wav: Tensor) -> Tensor:
+        """wav (S,) at 16 kHz -> (X,)"""
+        return self.frontend.features(wav)["voice"][0]
+
+    def encode(self, wav: Tensor, said: str) -> Speech:
+        """wav (S,) at 16 kHz and what is said in it -> Speech.
+
+        Of a long recording each piece gets as many words as its share of what was recognized."""
+        words, codes = self.check_text(said), []
+        pieces = cut(wav)
+        for piece, part in zip(pieces, self.share_words(pieces, words), strict=True):
+            if part:
+                codes.append(self.encode_piece(piece, part))
+        return Speech(words, torch.cat(codes), self.voice(wav))
+
+    def share_words(self, pieces: list[Tensor], words: list[str]) -> list[list[str]]:
+        """Split words over pieces, in proportion to the words that are recognized in each."""
+        if len(pieces) == 1:
+            return [words]
+        counts = torch.tensor([float(len(self.transcribe(p).split())) for p in pieces]) + 1e-3
+        ends = (counts.cumsum(0) / counts.sum() * len(words)).round().long().tolist()
+        return [words[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    @torch.inference_mode()
+    def encode_piece(self, wav: Tensor, words: list[str]) -> Tensor:
+        """wav (S,), its words -> codes (W, Q)"""
+        mel, keep = self.mels([wav])
+        layers = self.tokenizer.config.aggregator.value_layers
+        last, taps, frame_keep = self.frontend.hear(mel, keep, layers)
+        ids, word_ids = self.ids(words)
+        return self.tokenizer.encode(ids, word_ids, last, taps, frame_keep)[0]
+
+    def ids(self, words: list[str]) -> tuple[Tensor, Tensor]:
+        """-> text ids (1, N), word ids (1, N)"""
+        row = text.align_words(" ".join(words), self.frontend.tokens, self.frontend.tokens)
+        return (
+            torch.tensor([row.asr_ids], device=self.device),
+            torch.tensor([row.asr_word_ids], device=self.device),
+        )
+
+    def check_text(self, said: str) -> list[str]:
+        """Words that the tiny tokenizers know in full, or ValueError that names one that is not."""
+        words = text.split_words(said.lower())
+        if not words:
+            raise ValueError("no words: none were recognized, or --text is empty; give --text WORDS")
+        for word in words:
+            if "⁇" in self.frontend.tokens.decode(self.frontend.tokens.encode(" " + word)):
+                raise ValueError(
+                    f"the word {word!r} has characters that this tokenizer lacks; write it with "
+                    "letters a to z (numbers as words) and full stops"
+                )
+        return words
+
+    @torch.inference_mode()
+    def units(self, speech: Speech, rng: torch.Generator | None) -> tuple[Tensor, bool]:
+        """One short piece of speech -> units (U,), and whether the decoder ended by itself."""
+        ids, word_ids = self.ids(speech.words)
+        codes = None if speech.codes is None else speech.codes[None].to(self.device)
+        units, stopped = self.tokenizer.decode(
+            ids, word_ids, codes, speech.voice[None].to(self.device),
+            top_k=TOP_K, temperature=TEMPERATURE, min_len=4, rng=rng,
+        )  # fmt: skip
+        return units[0], bool(stopped[0])
+
+    def speak(self, speech: Speech, rng: torch.Generator | None = None) -> tuple[Tensor, bool]:
+        """-> wav (S,) at 22.05 kHz, and whether every piece ended by itself."""
+        parts, ended = [], True
+        for first, last in sentences(speech.words):
+            units, stopped = self.units(speech.part(first, last), rng)
+            wav = self.vocoder(units, speech.voice.to(self.device), rng).cpu()
+            parts.append(F.pad(wav, (0, int(PAUSE_S * audio.VOCODER_RATE))))
+            ended &= stopped
+        return torch.cat(parts)[: -int(PAUSE_S * audio.VOCODER_RATE)], ended

@@ -1,0 +1,637 @@
+"""The spoken language model: a text LM that also hears and says the TASTE codes of each word.
+
+    x_0 = E[sos]                                       h = Llama(x),  LoRA on a frozen text LM
+    x_p = w_0 (W a_p + b) + w_1 E[t_p]                 (w_0, w_1) = softmax(weights)
+    a_p = embedding of the codes of word(t_p) - d      the word before, if d = 1
+
+    h_p -> next text token t_{p+1};  where that begins word u + d, also -> codes of word u
+    loss = 1/2 text + 1/2 codes,     text = 0.9 KL(untouched LM || ours) + 0.1 CE
+    codes, token head:  mean CE over the Q codebooks
+    codes, latent head: y = sum of the code vectors, z = mu + sigma eps, quantized residually;
+        1/2 mean (z - y)^2 + 1/4 mean (sigma^2 + (mu - y)^2 - 1 - log sigma^2)
+
+    llm ids, word ids (B, N), codes (B, W, Q) --layout, rows--> x (B, R, C) --llm--> hidden (B, R, C)
+      --> text logits (B, R, V), codes (B, R, Q)       R = N + d + 1: sos in front, d rows behind
+
+[TASTE: arXiv:2504.07053, sec. 3.2; numbers: TASTE-SpokenLM 301bce2; TASLA: arXiv:2510.14934]
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import llm as llama
+import lora
+from fsq import FSQ
+from llm import Llama, LlamaConfig, pick
+from rvq import RVQ
+from weights import load_strict, rename
+
+IGNORE = -1  # label of a position that predicts nothing; also word id and code of padding
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of the Llama that LoRA adapts
+HEADS = ("latent", "token", "token_mse")
+STEPS_PER_WORD = 16  # text tokens; a model that begins no new word must stop at some time
+UNKNOWN = "⁇"  # the text of SentencePiece's unknown token
+LLAMA3_SPECIAL = 128000  # the first special id of Llama 3, also its sos
+
+
+@dataclass(frozen=True)
+class SpokenLMConfig:
+    llm: LlamaConfig = field(default_factory=lambda: LlamaConfig(rope_bf16=True))
+    sos: int = LLAMA3_SPECIAL  # text id in front of everything
+    lora_rank: int = 64
+    lora_alpha: float = 128.0
+    lora_dropout: float = 0.05
+    audio_dim: int = 1280  # width of the quantizer's embedding
+    delay: int = 1  # d, words
+    head: str = "latent"  # latent (RVQ only) | token | token_mse (RVQ only)
+    n_codebooks: int = 4  # Q
+    n_codes: int = 512  # K
+    latent_dim: int = 256  # E, width of the RVQ's code space; only head="latent" uses it
+    reference_weight: float = 0.9  # of the KL in the text loss
+    code_weight: float = 0.5  # of the code loss in the whole
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r}: wanted one of {HEADS}")
+        for name in ("lora_rank", "audio_dim", "delay", "n_codebooks", "n_codes", "latent_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.sos < self.llm.vocab:
+            raise ValueError(f"sos={self.sos} is no id of a vocabulary of {self.llm.vocab}")
+        if not (0 <= self.reference_weight <= 1 and 0 <= self.code_weight <= 1):
+            raise ValueError("reference_weight and code_weight must be in [0, 1]")
+
+
+TINY = SpokenLMConfig(
+    llama.TINY,
+    sos=1,
+    lora_rank=16,
+    lora_alpha=32.0,
+    audio_dim=128,
+    head="token",
+    n_codebooks=12,
+    n_codes=8,
+)
+
+
+class Layout(NamedTuple):
+    """One row per position of the LM; IGNORE where there is nothing."""
+
+    ids: Tensor  # (B, R) int64, text token of the row
+    heard: Tensor  # (B, R) int64, the word whose codes are fused into the row
+    text_labels: Tensor  # (B, R) int64
+    code_labels: Tensor  # (B, R, Q) int64
+    keep: Tensor  # (B, R) bool
+
+
+def layout(
+    ids: Tensor, word_ids: Tensor, codes: Tensor, delay: int, faithful: bool = False
+) -> Layout:
+    """ids, word_ids (B, N) int64, word_ids IGNORE at padding; codes (B, W, Q). For d = 1:
+
+        row          0      1      2      3      4      5
+        text         sos    the    cap    tain   saw    -        three words, d rows behind
+        heard        -      -      the    the    cap-   saw
+        text label   the    cap    tain   saw    -      -
+        code label   -      the    -      cap-   saw    -        asked once, when first heard next
+
+    With d = 2 `heard` moves one more word down and one more row follows. If W <= d, the codes are
+    heard in the last W rows. ValueError: empty rows, padding on the left, words without codes."""
+    length, words = (word_ids >= 0).sum(1, True), word_ids.amax(1, True) + 1  # (B, 1) each
+    here = torch.arange(ids.shape[1] + delay + 1, device=ids.device)  # (R,)
+    if not torch.equal(word_ids >= 0, here[: ids.shape[1]] < length) or not length.all():
+        raise ValueError("each row of word_ids needs real ids >= 0 first, then padding of -1")
+    if int(words.max()) > codes.shape[1]:
+        raise ValueError(f"{int(words.max())} words, but codes for {codes.shape[1]} only")
+    behind = here - 1 - length  # (B, R), 0 .. d-1 in the rows after the text
+    word = F.pad(word_ids, (1, delay), value=IGNORE)  # (B, R)
+    word = torch.where(behind >= 0, words + behind, word)
+    heard = torch.where(behind < delay, word - delay, IGNORE).clamp(min=IGNORE)  # (B, R)
+    text = F.pad(ids, (1, delay)).masked_fill((behind >= 0) | (here == 0), IGNORE)  # (B, R)
+    labels = F.pad(text[:, 1:], (0, 1), value=IGNORE)
+    if faithful:
+        # Quirk: shorter rows of a public batch learn to say "!" (id 0) once they are over.
+        labels = labels.masked_fill((behind >= -1) & (behind < delay) & (here < ids.shape[1]), 0)
+    asked = F.pad(heard[:, 1:], (0, 1), value=IGNORE)  # (B, R), the word heard in the next row
+    asked = asked.masked_fill(asked == heard, IGNORE)[..., None]  # (B, R, 1)
+    said = codes.gather(1, asked.clamp(min=0).expand(-1, -1, codes.shape[2]))  # (B, R, Q)
+    return Layout(text, heard, labels, said.where(asked >= 0, IGNORE), behind < delay)
+
+
+class LatentHead(nn.Module):
+    """A Gaussian in the code space of the RVQ; codes are read off by residual quantization."""
+
+    def __init__(self, width: int, latent_dim: int) -> None:
+        super().__init__()
+        self.mu = nn.Linear(width, latent_dim)
+        self.logvar = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) -> mu (..., E) fp32"""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.mu(hidden.float())
+
+    def latent(self, mu: Tensor) -> Tensor:
+        """mu (..., E) -> z (..., E)"""
+        # Quirk: outside training z is mu + sigma, not mu, and the gradient is always that of
+        # mu + sigma [TASTE-SpokenLM 301bce2]; the public weights were trained around it.
+        sigma = (0.5 * self.logvar).exp()
+        noise = torch.randn_like(mu) - 1 if self.training else torch.zeros_like(mu)
+        return mu + sigma + (sigma * noise).detach()
+
+    def loss(self, hidden: Tensor, codes: Tensor, quantizer: Any) -> Tensor:
+        """hidden (M, C), codes (M, Q) -> ()"""
+        mu, y = self(hidden), quantizer.latent(codes).detach()  # (M, E) each
+        regression = (self.latent(mu) - y).square().mean()
+        kl = self.logvar.exp() + (mu - y).square() - 1 - self.logvar
+        return 0.5 * regression + 0.25 * kl.mean()
+
+    def likelihood(self, hidden: Tensor, codes: Tensor, quantizer: Any) -> Tensor:
+        """hidden (M, C), codes (M, Q) -> log density of y (M,), in nats."""
+        squares = (self(hidden) - quantizer.latent(codes)).square() / self.logvar.exp()  # (M, E)
+        return -0.5 * (squares + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+    def say(
+        self, hidden: Tensor, quantizer: Any, temperature: float, rng: torch.Generator | None
+    ) -> Tensor:
+        """hidden (..., C) -> codes (..., Q); there is nothing to draw, whatever the temperature."""
+        return quantizer.encode_latent(self.latent(self(hidden)))
+
+
+class TokenHead(nn.Module):
+    """A softmax over the K codes of each codebook, all codebooks at once."""
+
+    def __init__(self, width: int, n_codebooks: int, n_codes: int, mse: bool = False) -> None:
+        super().__init__()
+        self.n_codes, self.mse = n_codes, mse
+        self.linear = nn.Linear(width, n_codebooks * n_codes)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (..., C) -> logits (..., Q, K) fp32"""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.float()).unflatten(-1, (-1, self.n_codes))
+
+    def loss(self, hidden: Tensor, codes: Tensor, quantizer: Any) -> Tensor:
+        """hidden (M, C), codes (M, Q) -> mean CE (); with mse, half of it and half of the squared
+        distance between the mean code vector and the true one."""
+        logits = self(hidden)  # (M, Q, K)
+        ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        if not self.mse:
+            return ce
+        error = quantizer.expected(logits).sum(-2) - quantizer.latent(codes)  # (M, E)
+        return 0.5 * (error.square().mean() + ce)
+
+    def likelihood(self, hidden: Tensor, codes: Tensor, quantizer: Any) -> Tensor:
+        """hidden (M, C), codes (M, Q) -> log probability of all Q codes (M,), in nats."""
+        return self(hidden).log_softmax(-1).gather(-1, codes[..., None]).sum((-1, -2))
+
+    def say(
+        self, hidden: Tensor, quantizer: Any, temperature: float, rng: torch.Generator | None
+    ) -> Tensor:
+        """hidden (..., C) -> codes (..., Q); temperature 0: the most likely."""
+        return pick(self(hidden), temperature, rng=rng)
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class VocabularySets:
+    """What generation has to know about each text token; tensors (V,) bool."""
+
+    word_start: Tensor
+    banned: Tensor
+    sentence_end: Tensor
+    blank: Tensor  # a lone space: its word goes on with the next token
+    tokenizer: Decoder
+
+    @classmethod
+    def of(cls, tokenizer: Decoder, vocab: int, faithful: bool = False) -> "VocabularySets":
+        """Sort the tokens of a vocabulary by their text. A word starts where it begins with a space.
+
+        Banned is what is no text: specials, holes, blanks but a space in front. faithful: the rules
+        of the public Llama 3 system, which bans all without letter, digit or one of .,' instead."""
+        special = set(getattr(tokenizer, "special", {}).values())
+        texts = [spell(tokenizer, i) for i in range(vocab)]
+        blank = [t == " " for t in texts]
+        if faithful:
+            start = [t[:1] == " " or i >= LLAMA3_SPECIAL for i, t in enumerate(texts)]
+            # Quirk: this bans "?", "!", quotes and dashes; of the specials, only the first two of
+            # Llama 3 matter, and <|end_of_text|> alone is named [TASTE-SpokenLM 301bce2].
+            banned = [
+                "\n" in t or not re.search(r"[A-Za-z0-9.,']", t) or i == LLAMA3_SPECIAL + 1
+                for i, t in enumerate(texts)
+            ]
+        else:
+            start = [t[:1] == " " for t in texts]
+            banned = [
+                i in special
+                or t in ("", UNKNOWN)
+                or re.search(r"\s", t.removeprefix(" ")) is not None
+                for i, t in enumerate(texts)
+            ]
+        ends = ["." in t for t in texts]
+        return cls(*(torch.tensor(x) for x in (start, banned, ends, blank)), tokenizer)
+
+
+def spell(tokenizer: Decoder, i: int) -> str:
+    """The text of one token, "" if the vocabulary has no such id."""
+    try:
+        return tokenizer.decode([i])
+    except (ValueError, IndexError, KeyError):
+        return ""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.5  # of the text; 0: the most likely token
+    top_p: float = 0.3
+    repetition_penalty: float = 1.1  # of text tokens that the prompt or the answer has already
+    code_temperature: float = 0.0  # of token heads
+    faithful: bool = False  # Quirk: the order and the smaller nucleus of the public system
+
+
+def next_text(
+    logits: Tensor, said: Tensor, sampling: Sampling, rng: torch.Generator | None = None
+) -> Tensor:
+    """logits (B, V), said (B, V) bool -> ids (B,): penalty, temperature, nucleus, draw.
+
+    faithful: nucleus, penalty, temperature, draw, and the plain argmax if top_p is 0."""
+    if sampling.faithful:
+        if sampling.top_p == 0:
+            return logits.argmax(-1)
+        logits = penalize(narrow(logits, sampling.top_p), said, sampling.repetition_penalty)
+        return pick(logits, sampling.temperature, rng=rng)
+    logits = penalize(logits, said, sampling.repetition_penalty)
+    return pick(logits, sampling.temperature, sampling.top_p, rng)
+
+
+def narrow(logits: Tensor, top_p: float) -> Tensor:
+    """logits (B, V) -> the same with -inf outside the public nucleus."""
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    # Quirk: the token that crosses top_p is dropped, elsewhere it is the last one kept.
+    outside = p.cumsum(-1) > top_p
+    outside[..., 0] = False
+    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+
+
+def penalize(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
+    """Make what was said less likely. [CTRL: arXiv:1909.05858, sec. 4.1]"""
+    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@dataclass
+class Prompt:
+    """Nothing: start from silence. ids: go on from a text. With word_ids and codes: go on from
+    speech. With prefix and suffix, texts around it: answer the speech (instruct)."""
+
+    ids: Tensor | None = None  # (N,)
+    word_ids: Tensor | None = None  # (N,)
+    codes: Tensor | None = None  # (W, Q)
+    prefix: Tensor | None = None  # (N',)
+    suffix: Tensor | None = None  # (N",)
+
+    def __post_init__(self) -> None:
+        if (self.codes is None) != (self.word_ids is None) or (
+            self.ids is None and self.codes is not None
+        ):
+            raise ValueError("a speech prompt needs ids, word_ids and codes")
+        if (self.prefix is None) != (self.suffix is None) or (
+            self.codes is None and self.prefix is not None
+        ):
+            raise ValueError("prefix and suffix go together, around a speech prompt")
+        if self.ids is not None and not len(self.ids):
+            raise ValueError("ids is empty: leave it out to start from nothing")
+
+
+@dataclass
+class Generated:
+    ids: Tensor  # (N,) int64, without the prompt
+    word_ids: Tensor  # (N,) int64
+    text: str
+    words: list[str]  # W
+    codes: Tensor  # (W, Q) int64
+    ended: bool  # False: cut off by max_steps
+
+
+class Talk:
+    """The book-keeping of one utterance while it is generated: whose codes are heard now?"""
+
+    def __init__(self, codes: list[Tensor], delay: int, extra_words: int, steps: int) -> None:
+        """codes: of the words of the prompt, (Q,) each; those of new words are put behind."""
+        self.codes, self.first, self.delay = codes, len(codes), delay
+        self.extra_words, self.steps = extra_words, steps
+        self.ids: list[int] = []
+        self.word_ids: list[int] = []
+        self.words = self.waited = 0  # words begun, rows behind the text
+        self.waiting = self.ended = self.blank = False
+
+    @property
+    def heard(self) -> int:
+        """Word whose codes are fused into the next row, as in layout(); negative: none yet."""
+        return self.first + self.words + self.waited - 1 - self.delay
+
+    @property
+    def done(self) -> bool:
+        return self.waited == self.delay
+
+    def push(self, token: int, sets: VocabularySets) -> bool:
+        """The next text token, or what you like while waiting -> does a word begin?"""
+        if self.waiting:
+            self.waited += 1
+            return True
+        begins = not self.ids or bool(sets.word_start[token])
+        full = self.words >= self.extra_words and bool(sets.sentence_end[token])
+        full |= self.words >= 3 * self.extra_words  # counted without this token
+        self.words += begins
+        self.ids.append(token)
+        self.word_ids.append(self.words - 1)
+        self.blank = begins and bool(sets.blank[token])
+        self.ended = full and not self.blank
+        self.waiting = self.ended or len(self.ids) == self.steps
+        return begins
+
+    def result(self, tokenizer: Decoder) -> Generated:
+        ids, codes = torch.tensor(self.ids), torch.stack(self.codes[self.first :])
+        word_ids = torch.tensor(self.word_ids)
+        words = [tokenizer.decode(ids[word_ids == w].tolist()) for w in range(self.words)]
+        assert len(words) == len(codes), (words, codes.shape)
+        words = [word.strip() for word in words]
+        return Generated(
+            ids, word_ids, tokenizer.decode(self.ids).strip(), words, codes, self.ended
+        )
+
+
+@dataclass
+class SpokenLMOutput:
+    loss: Tensor  # the sum that is minimized
+    text_ce: Tensor
+    text_kl: Tensor  # from the untouched LM; 0 if it was not asked
+    code_loss: Tensor
+    text_logits: Tensor  # (B, R, V)
+    hidden: Tensor  # (B, R, C)
+    layout: Layout
+
+
+class SpokenLM(nn.Module):
+    def __init__(
+        self, config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None = None
+    ) -> None:
+        """llm: a pretrained text LM, config.llm as it is; LoRA is put into it. None: random weights.
+
+        The quantizer is used as it is and frozen: it stays in eval mode."""
+        super().__init__()
+        check(config, quantizer, llm)
+        self.config, width = config, config.llm.width
+        self.llm = Llama(config.llm) if llm is None else llm
+        lora.add_lora(self.llm, TARGETS, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        self.quantizer = quantizer.requires_grad_(False).eval()
+        self.audio = nn.Linear(config.audio_dim, width)  # W, b
+        self.weights = nn.Parameter(torch.tensor([-2.0, 2.0]))  # audio, text: starts as a text LM
+        self.pad_audio = nn.Parameter(torch.zeros(config.audio_dim))
+        self.pad_text = nn.Parameter(torch.zeros(width))
+        self.head: LatentHead | TokenHead
+        if config.head == "latent":
+            self.head = LatentHead(width, config.latent_dim)
+        else:
+            mse = config.head == "token_mse"
+            self.head = TokenHead(width, config.n_codebooks, config.n_codes, mse)
+
+    def train(self, mode: bool = True) -> "SpokenLM":
+        super().train(mode)
+        self.quantizer.eval()
+        return self
+
+    def fuse(self, text: Tensor, audio: Tensor) -> Tensor:
+        """text (..., C), audio (..., A) -> input rows (..., C) in the dtype of the Llama."""
+        with torch.autocast(text.device.type, enabled=False):
+            w = self.weights.softmax(0)
+            x = w[0] * self.audio(audio) + w[1] * text.float()
+        return x.to(self.llm.embed.weight.dtype)
+
+    def rows(self, plan: Layout, codes: Tensor) -> Tensor:
+        """codes (B, W, Q) -> what the Llama reads (B, R, C)."""
+        B, A = len(codes), self.config.audio_dim
+        audio = torch.cat(
+            [self.pad_audio.expand(B, 1, A), self.quantizer.decode(codes)], 1
+        )  # (B, 1 + W, A)
+        audio = audio.gather(1, (plan.heard + 1)[..., None].expand(-1, -1, A))  # (B, R, A)
+        text = self.llm.embed(plan.ids.clamp(min=0)).float()  # (B, R, C)
+        text = torch.where((plan.ids < 0)[..., None], self.pad_text, text)
+        sos = self.llm.embed(torch.full_like(plan.ids[:, :1], self.config.sos))  # (B, 1, C)
+        return torch.cat([sos, self.fuse(text, audio)[:, 1:]], 1)
+
+    def forward(
+        self,
+        ids: Tensor,
+        word_ids: Tensor,
+        codes: Tensor,
+        reference: bool = False,
+        faithful: bool = False,
+    ) -> SpokenLMOutput:
+        """ids, word_ids (B, N), codes (B, W, Q), see layout() -> losses and text logits.
+
+        reference: the text loss holds on to the untouched LM, for training."""
+        plan = layout(ids, word_ids, codes, self.config.delay, faithful)
+        hidden = self.llm(embeddings=self.rows(plan, codes), keep=plan.keep)  # (B, R, C)
+        logits = self.llm.logits(hidden)  # (B, R, V)
+        asked = plan.text_labels != IGNORE
+        text = text_ce = F.cross_entropy(logits[asked].float(), plan.text_labels[asked])
+        text_kl = torch.zeros_like(text_ce)
+        if reference:
+            theirs = self.reference(ids.masked_fill(word_ids < 0, 0))  # (B, N + 1, V)
+            n = theirs.shape[1]  # labels never reach further
+            text_kl = kl(theirs[asked[:, :n]], logits[:, :n][asked[:, :n]])
+            part = self.config.reference_weight
+            text = part * text_kl + (1 - part) * text_ce
+        said = plan.code_labels[..., 0] != IGNORE
+        code_loss = self.head.loss(hidden[said], plan.code_labels[said], self.quantizer)
+        loss = (1 - self.config.code_weight) * text + self.config.code_weight * code_loss
+        return SpokenLMOutput(loss, text_ce, text_kl, code_loss, logits, hidden, plan)
+
+    @torch.no_grad()
+    def reference(self, ids: Tensor) -> Tensor:
+        """ids (B, N) -> logits (B, N + 1, V) of the text LM as it was before LoRA, on sos + ids."""
+        with untouched(self.llm):
+            return self.llm.logits(self.llm(F.pad(ids, (1, 0), value=self.config.sos)))
+
+    @torch.no_grad()
+    def score(self, ids: Tensor, word_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """As forward -> sums of log likelihoods per item, in nats: text (B,), codes (B,)."""
+        plan = layout(ids, word_ids, codes, self.config.delay)
+        hidden = self.llm(embeddings=self.rows(plan, codes), keep=plan.keep)  # (B, R, C)
+        asked, said = plan.text_labels != IGNORE, plan.code_labels[..., 0] != IGNORE
+        text, speech = hidden.new_zeros(2, *asked.shape, dtype=torch.float32)  # (B, R) each
+        logits = self.llm.logits(hidden[asked]).float()  # (M, V)
+        text[asked] = -F.cross_entropy(logits, plan.text_labels[asked], reduction="none")
+        speech[said] = self.head.likelihood(hidden[said], plan.code_labels[said], self.quantizer)
+        return text.sum(1), speech.sum(1)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """LoRA, the bridges into and out of the LM, the pad embeddings."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def state_to_save(self) -> dict[str, Tensor]:
+        """The trainable tensors by name: all that a run changes."""
+        return {k: p.detach() for k, p in self.named_parameters() if p.requires_grad}
+
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what state_to_save() gave; ValueError if anything is missing or too much."""
+        frozen = {k: v for k, v in self.state_dict().items() if k not in self.state_to_save()}
+        load_strict(self, frozen | dict(tensors), "spoken LM")
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        sets: VocabularySets,
+        prompt: Prompt | None = None,
+        sampling: Sampling | None = None,
+        extra_words: int = 8,
+        max_steps: int | None = None,
+        rng: torch.Generator | None = None,
+    ) -> Generated:
+        """Go on from the prompt; end at a sentence end once extra_words are begun, or anywhere once
+        3 * extra_words are. max_steps: most text tokens, default 16 for each of those words."""
+        prompt, sampling = prompt or Prompt(), sampling or Sampling()
+        rows, said = self.prompt_rows(prompt)  # (1, N, C), (1, V) bool
+        steps = max_steps or STEPS_PER_WORD * 3 * extra_words
+        steps = min(steps, self.config.llm.max_tokens - rows.shape[1] - self.config.delay)
+        if extra_words < 1 or steps < 1:
+            raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt {rows.shape[1]} rows")
+        spoken = prompt.codes is not None and prompt.prefix is None
+        history = list(prompt.codes.to(rows.device)) if spoken else []
+        talk = Talk(history, self.config.delay, extra_words, steps)
+        caches = self.llm.new_caches(rows.shape[1] + steps + self.config.delay)
+        banned, starts = (x.to(rows.device) for x in (sets.banned, sets.word_start))
+        text, token = self.pad_text[None], torch.tensor([IGNORE])
+        while True:
+            hidden = self.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
+            if not talk.waiting:
+                never = banned | starts if talk.blank else banned
+                logits = self.llm.logits(hidden).float().masked_fill(never, -torch.inf)
+                token = next_text(logits, said, sampling, rng)  # (1,)
+                said[:, token] = True
+            # Behind the last word the text is pad_text, as in training.
+            text = self.pad_text[None] if talk.waiting else self.llm.embed(token)  # (1, C)
+            if talk.push(int(token), sets) and talk.heard == len(talk.codes):
+                talk.codes += self.head.say(hidden, self.quantizer, sampling.code_temperature, rng)
+            if talk.done:
+                return talk.result(sets.tokenizer)
+            rows = self.fuse(text, self.sound(talk.codes, talk.heard))[:, None]  # (1, 1, C)
+
+    def sound(self, codes: list[Tensor], word: int) -> Tensor:
+        """What is heard of a word (1, A); a negative word: pad_audio."""
+        return (
+            self.quantizer.decode(codes[word][None, None])[0] if word >= 0 else self.pad_audio[None]
+        )
+
+    def prompt_rows(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """-> rows that the Llama reads first (1, N, C), which text ids they hold (1, V) bool."""
+        device = self.pad_text.device
+        texts = [x.to(device) for x in (prompt.prefix, prompt.ids, prompt.suffix) if x is not None]
+        said = torch.zeros(1, self.config.llm.vocab, dtype=torch.bool, device=device)
+        said[:, torch.cat(texts)] = True
+        if prompt.ids is None:
+            return self.llm.embed(torch.tensor([[self.config.sos]], device=device)), said
+        if prompt.codes is None or prompt.word_ids is None:
+            # Quirk: a text prompt has no sos and is not fused [TASTE-SpokenLM 301bce2].
+            return self.llm.embed(texts[0])[None], said
+        codes = prompt.codes.to(device)[None]  # (1, W, Q)
+        plan = layout(
+            prompt.ids.to(device)[None], prompt.word_ids.to(device)[None], codes, self.config.delay
+        )
+        rows = self.rows(plan, codes)[:, : 1 + len(prompt.ids)]  # (1, 1 + N, C)
+        if prompt.prefix is None:
+            return rows, said
+        before, after = (self.llm.embed(x)[None] for x in (texts[0], texts[-1]))
+        return torch.cat([before, rows[:, 1:], after], 1), said
+
+
+def check(config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None) -> None:
+    """ValueError where the three do not fit each other."""
+    theirs = (quantizer.config.dim, quantizer.n_codebooks, quantizer.n_codes)
+    if theirs != (config.audio_dim, config.n_codebooks, config.n_codes):
+        raise ValueError(
+            f"audio_dim, n_codebooks, n_codes: the quantizer has {theirs}, the config {config}"
+        )
+    if config.head != "token" and not isinstance(quantizer, RVQ):
+        raise ValueError(f"head={config.head!r} needs an RVQ, got {type(quantizer).__name__}")
+    if config.head == "latent" and quantizer.config.codebook_dim != config.latent_dim:
+        raise ValueError(
+            f"latent_dim={config.latent_dim}, the RVQ has {quantizer.config.codebook_dim}"
+        )
+    if llm is not None and llm.config != config.llm:
+        raise ValueError(f"the given LM is {llm.config}, config.llm is {config.llm}")
+
+
+def kl(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Logits (M, V) of both -> KL(theirs || ours), mean over positions ()."""
+    p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def untouched(model: Llama) -> Iterator[None]:
+    """In here the Llama is the public one: no LoRA, exact rotary frequencies."""
+    layers, config = lora.lora_layers(model), model.config
+    merged = [layer.merged for layer in layers]
+    model.config = replace(config, rope_bf16=False)
+    for layer in layers:
+        layer.merged = layer.base.weight.detach()  # merged with nothing
+    try:
+        yield
+    finally:
+        model.config = config
+        for layer, before in zip(layers, merged, strict=True):
+            layer.merged = before
+
+
+# What follows the public prefix `spoken_lm.`, outside the Llama.
+NAMES = {
+    r"pad_text_unit_embed": "pad_text",
+    r"pad_audio_unit_embed": "pad_audio",
+    r"fuse_for_bridge_in_llm\.weights": "weights",
+    r"fuse_for_bridge_in_llm\.linear\.(weight|bias)": r"audio.\1",
+    r"extract_for_bridge_out_llm\.fc_mu\.(weight|bias)": r"head.mu.\1",
+    r"extract_for_bridge_out_llm\.b_logvar": "head.logvar",
+    r"extract_for_bridge_out_llm\.linear\.(weight|bias)": r"head.linear.\1",
+}
+
+
+def from_public(
+    tensors: Mapping[str, Tensor], config: SpokenLMConfig, quantizer: FSQ | RVQ
+) -> SpokenLM:
+    """Public tensors, without the prefix `spoken_lm.` -> the model, in eval mode, fp32."""
+    inner = "language_model."
+    ours = rename({k: v for k, v in tensors.items() if not k.startswith(inner)}, NAMES)
+    if config.head == "token_mse":
+        ours.pop("head.logvar", None)  # in the file, without a use
+    text = {k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)}
+    text = rename(rename(text, lora.NAMES), llama.NAMES, llama.SKIP)
+    llm, text = llama.settle_head(config.llm, text)
+    model = SpokenLM(replace(config, llm=llm), quantizer)
+    ours |= {f"llm.{k}": v for k, v in text.items()}
+    load_strict(model, ours | {f"quantizer.{k}": v for k, v in quantizer.state_dict().items()})
+    return model.eval()
+
+
+if __name__ == "__main__":
+    from fsq import TINY as TINY_FSQ
+
+    model = SpokenLM(TINY, FSQ(TINY_FSQ))
+    ids, words = torch.randint(320, (2, 9)), torch.arange(9).expand(2, 9) // 2
+    codes = torch.randint(TINY.n_codes, (2, 5, TINY.n_codebooks))
+    out = model(ids, words, codes, reference=True)
+    print(f"ids {(*ids.shape,)}, codes {(*codes.shape,)} -> text {(*out.text_logits.shape,)}")
+    print(f"text {out.text_ce:.2f} of ln V = {math.log(320):.2f}, codes {out.code_loss:.2f} nats")
+    learned = sum(p.numel() for p in model.trainable_parameters())
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {learned} of them learn")
