@@ -23,7 +23,8 @@ Presets = Mapping[str, Mapping[str, Any]]
 
 def flag(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
     """A field of a script's config: `--name`, with its help and the values that it may take."""
-    note = {"help": f"{help} (default: {default})", "choices": choices and list(choices)}
+    help = f"{help} (default: {default})".replace("%", "%%")  # argparse formats it once more
+    note = {"help": help, "choices": choices and list(choices)}
     return field(default=default, metadata=note)
 
 
@@ -32,7 +33,7 @@ def parse(
 ) -> Config:
     """Later wins: field defaults, then --preset, then flags. Unknown or ill-typed flags exit 2.
 
-    A field named `wavs` or `wav` is positional. The first preset is the default."""
+    A field named `wav` is positional. The first preset is the default."""
     parser = ArgumentParser(
         description=doc,
         argument_default=SUPPRESS,
@@ -46,10 +47,10 @@ def parse(
         if f.type is bool:
             parser.add_argument(name, help=help, action=BooleanOptionalAction)
         elif f.name == "wav":
-            parser.add_argument(f.name, help=help, type=Path, nargs="?")
+            parser.add_argument(f.name, help=help, type=Path, nargs="?", default=None)
         else:
-            parser.add_argument(name, help=help, type=f.type, choices=choices)  # type: ignore[arg-type]
-    flags = vars(parser.parse_args(argv))
+            parser.add_argument(name, help=help, type=f.type, choices=choices)
+    flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     return cls(**{**presets[flags.pop("preset")], **flags})
 
 
@@ -103,7 +104,7 @@ def seed_step(seed: int, step: int, rank: int = 0, world: int = 1) -> None:
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.03) -> float:
-    """Learning rate at step 1..steps: linear warm-up to `peak`, then half a cosine to floor*peak."""
+    """Rate at step 1 .. steps: linear warm-up to `peak`, then half a cosine to floor * peak."""
     if step <= warmup:
         return peak * step / warmup
     part = (step - warmup) / max(1, steps - warmup)

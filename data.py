@@ -1,7 +1,7 @@
 """Datasets and batches: where audio and text come from, and how they reach a training step.
 
-    built-in corpus | LibriSpeech folder | TSV/JSONL manifest --> list[Item]   audio is read when asked for
-    list[Item] --prepare--> Ragged       tensors of different lengths, concatenated, memory-mapped from disk
+    built-in corpus | LibriSpeech folder | TSV/JSONL manifest --> list[Item]   audio read on demand
+    list[Item] --prepare--> Ragged       tensors of different lengths, memory-mapped from one file
     lengths --Batches--> indices of step s     every item once per epoch, similar lengths together
     list of tensors --pad--> (B, longest, ...), lengths (B,)
 
@@ -49,6 +49,13 @@ class Item:
         wav, own = self.read()
         return audio.resample(wav, own, rate)
 
+    @property
+    def truth(self) -> synth.Utterance:
+        """Word times and prosody, or ValueError: only the built-in corpus knows them."""
+        if self.utterance is None:
+            raise ValueError(f"{self.key}: its word times are unknown; use the built-in corpus")
+        return self.utterance
+
 
 def builtin(corpus: synth.Corpus, split: str) -> list[Item]:
     """The utterances of one split of the built-in corpus, see synth.py."""
@@ -70,7 +77,7 @@ def librispeech(root: Path) -> list[Item]:
     """root/**/SPEAKER-CHAPTER.trans.txt with lines `KEY TEXT`, and KEY.flac beside each."""
     items = []
     for transcript in sorted(Path(root).rglob("*.trans.txt")):
-        for line in transcript.read_text().splitlines():
+        for line in filter(str.strip, transcript.read_text().splitlines()):
             key, _, text = line.partition(" ")
             found = [p for s in AUDIO_SUFFIXES if (p := transcript.parent / (key + s)).is_file()]
             if not found:
@@ -90,6 +97,8 @@ def manifest(path: Path) -> list[Item]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
     lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: empty; wanted one utterance a line")
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in lines]
     else:
@@ -118,9 +127,8 @@ class Ragged:
 
     def __init__(self, folder: Path) -> None:
         self.file = safe_open(folder / "features.safetensors", framework="pt")
-        self.names = sorted(
-            k.removesuffix(".ends") for k in self.file.keys() if k.endswith(".ends")
-        )
+        keys = list(self.file.keys())
+        self.names = sorted(k.removesuffix(".ends") for k in keys if k.endswith(".ends"))
         self.ends = {name: self.file.get_tensor(name + ".ends").tolist() for name in self.names}
         self.slices = {name: self.file.get_slice(name) for name in self.names}
 
@@ -165,7 +173,9 @@ def prepare(
         partial.mkdir(parents=True)
         save_file(flat, partial / "features.safetensors")
         (partial / "tag.txt").write_text(tag + "\n")
-        if not folder.exists():
+        if folder.exists():  # another process was faster
+            shutil.rmtree(partial)
+        else:
             os.replace(partial, folder)
     return Ragged(folder)
 
@@ -228,7 +238,7 @@ def tokenizer_batch(
     if all(items[i].utterance is not None for i in indices):
         spans = pad(
             [
-                word_spans(items[i].utterance, row.asr_word_ids, last.shape[1])
+                word_spans(items[i].truth, row.asr_word_ids, last.shape[1])
                 for i, row in zip(indices, rows, strict=True)
             ]
         )[0].to(device)

@@ -110,4 +110,4 @@ if __name__ == "__main__":
     print("WER:", wer(["the cat sees two dogs."], ["the cat saw two two dogs"]))
     t = torch.arange(16000) / 16000
     glide = [torch.sin(2 * torch.pi * (120 * t + k * t**2)) for k in (30, 36)]
-    print(f"F0-PCC of two rising glides: {f0_correlation(*glide):.3f}")
+    print(f"F0-PCC of two rising glides: {f0_correlation(glide[0], glide[1]):.3f}")

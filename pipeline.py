@@ -18,8 +18,11 @@ from torch import Tensor
 import audio
 import text
 from data import keep_mask, pad
+from llm import LlamaConfig
+from spoken_lm import Prompt, Sampling, SpokenLM, SpokenLMConfig, VocabularySets, generate
 from tokenizer import Frontend, load_tokenizer
 from vocoder import load_vocoder
+from weights import as_config, load_model, read_config
 
 RATE = audio.WHISPER_RATE
 SHORTEST_S = 0.2  # seconds; less cannot hold a word
@@ -80,12 +83,29 @@ def sentences(words: list[str], longest: int = WORDS) -> list[tuple[int, int]]:
 
 
 class Pipeline:
-    def __init__(self, bundle: Path, tokenizer: Path, device: str | torch.device = "cpu") -> None:
-        """bundle: asr, s3, speaker, flow, hift; tokenizer: a folder of train_tokenizer.py."""
+    def __init__(
+        self, bundle: Path, tokenizer: Path, spoken_lm: Path | None = None, device: str = "cpu"
+    ) -> None:
+        """bundle: asr, s3, speaker, flow, hift, lm; tokenizer and spoken_lm: folders of
+        train_tokenizer.py and train_lm.py; without spoken_lm, reply() is not there."""
         self.device = torch.device(device)
         self.frontend = Frontend(bundle).to(self.device)
         self.tokenizer = load_tokenizer(tokenizer).to(self.device)
         self.vocoder = load_vocoder(bundle).to(self.device)
+        if spoken_lm is not None:
+            self.lm = self.load_spoken_lm(spoken_lm)
+            self.lm_tokens = text.load_tokenizer(bundle / "lm" / "tokenizer.model")
+            self.sets = VocabularySets.of(self.lm_tokens, self.lm.config.llm.vocab)
+
+    def load_spoken_lm(self, folder: Path) -> SpokenLM:
+        values = read_config(folder, "spoken_lm")
+        llm = as_config(LlamaConfig, values["llm"], str(folder))
+        config = as_config(SpokenLMConfig, values | {"llm": llm}, str(folder))
+        if self.tokenizer.quantizer is None:
+            raise ValueError(f"{folder}: the tokenizer makes no codes to go on from")
+        model = SpokenLM(config, self.tokenizer.quantizer)
+        load_model(model, folder)
+        return model.to(self.device)
 
     def mels(self, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """-> mel (B, M, F), keep (B, F)"""
@@ -142,7 +162,7 @@ class Pipeline:
         """Words that the tiny tokenizers know in full, or ValueError that names one that is not."""
         words = text.split_words(said.lower())
         if not words:
-            raise ValueError("no words: none were recognized, or --text is empty; give --text WORDS")
+            raise ValueError("no words: none were heard, or --text is empty; give --text WORDS")
         for word in words:
             if "⁇" in self.frontend.tokens.decode(self.frontend.tokens.encode(" " + word)):
                 raise ValueError(
@@ -171,3 +191,22 @@ class Pipeline:
             parts.append(F.pad(wav, (0, int(PAUSE_S * audio.VOCODER_RATE))))
             ended &= stopped
         return torch.cat(parts)[: -int(PAUSE_S * audio.VOCODER_RATE)], ended
+
+    @torch.inference_mode()
+    def reply(
+        self,
+        prompt: Speech | None,
+        extra_words: int,
+        sampling: Sampling,
+        voice: Tensor,
+        rng: torch.Generator | None = None,
+    ) -> tuple[Speech, bool]:
+        """Go on from the prompt, or begin -> the new words with their codes, and whether they came
+        to an end by themselves."""
+        start = Prompt()
+        if prompt is not None:
+            row = text.align_words(prompt.text, self.lm_tokens, self.lm_tokens)
+            ids, word_ids = torch.tensor(row.llm_ids), torch.tensor(row.llm_word_ids)
+            start = Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
+        out = generate(self.lm, self.sets, start, sampling, extra_words, rng=rng)
+        return Speech(out.words, out.codes.cpu(), voice), out.ended

@@ -55,7 +55,7 @@ def pitch(wav: Tensor, rate: int, hop: int) -> Tensor:
 
 
 def median3(x: Tensor) -> Tensor:
-    """x (..., F): the median of each value and its two neighbours, which removes single outliers."""
+    """x (..., F): median of each value and its two neighbours, which removes single outliers."""
     if x.shape[-1] < 3:
         return x
     padded = torch.cat([x[..., :1], x, x[..., -1:]], -1)

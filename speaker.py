@@ -6,10 +6,11 @@
 
     fbank (B, F, M) --2-D convs--> (B, 320, F) --stride 2, dense blocks--> (B, C, T) --> (B, dim)
 
-The fbank is Kaldi's, less its mean over time (spec/cosyvoice.md 1.3). The vector is raw: take the
-mean over the clips of a speaker, then normalise. Nothing is masked, so a batch has one length;
-embed() sorts clips by length. Deviation: the public code gives NaN for a clip of fewer than
-3 frames (45 ms), since a std needs two positions; here such a clip is repeated up to 3 frames.
+The fbank is Kaldi's less its mean over time (spec/cosyvoice.md 1.3): embed() subtracts the mean,
+forward() takes it as subtracted. The vector is raw: take the mean over the clips of a speaker, then
+normalise. Nothing is masked, so a batch has one length; embed() sorts clips by length. Deviation:
+the public code gives NaN for a clip of fewer than 3 frames (45 ms), since a std needs two
+positions; here such a clip is repeated up to 3 frames.
 [Wang 2023, arXiv:2303.00332; spec/cosyvoice.md 3]
 """
 
@@ -181,6 +182,7 @@ class CAMPlus(nn.Module):
     def embed(self, fbanks: Sequence[Tensor], batch: int = 16) -> Tensor:
         """n fbanks (F, M) of any lengths -> raw voices (n, dim), in the order given.
 
+        The mean over time is subtracted here, so audio.kaldi_fbank's output goes straight in.
         Clips of one length share a forward pass, at most `batch` of them. Needs eval mode."""
         if self.training:
             raise ValueError("embed() in training mode would mix the clips of a batch: call eval()")
@@ -190,7 +192,8 @@ class CAMPlus(nn.Module):
         order = sorted(range(len(fbanks)), key=lambda i: fbanks[i].shape[0])
         while order:
             same = [i for i in order[:batch] if fbanks[i].shape == fbanks[order[0]].shape]
-            voices[same] = self(torch.stack([fbanks[i] for i in same])).to(voices)
+            clips = torch.stack([fbanks[i] for i in same])  # (b, F, M), b <= batch
+            voices[same] = self(clips - clips.mean(1, keepdim=True)).to(voices)
             order = order[len(same) :]
         return voices
 

@@ -10,7 +10,7 @@
     codes, latent head: y = sum of the code vectors, z = mu + sigma eps, quantized residually;
         1/2 mean (z - y)^2 + 1/4 mean (sigma^2 + (mu - y)^2 - 1 - log sigma^2)
 
-    llm ids, word ids (B, N), codes (B, W, Q) --layout, rows--> x (B, R, C) --llm--> hidden (B, R, C)
+    ids, word ids (B, N), codes (B, W, Q) --layout, rows--> x (B, R, C) --llm--> hidden (B, R, C)
       --> text logits (B, R, V), codes (B, R, Q)       R = N + d + 1: sos in front, d rows behind
 
 [TASTE: arXiv:2504.07053, sec. 3.2; numbers: TASTE-SpokenLM 301bce2; TASLA: arXiv:2510.14934]
@@ -105,10 +105,12 @@ def layout(
 
     With d = 2 `heard` moves one more word down and one more row follows. If W <= d, the codes are
     heard in the last W rows. ValueError: empty rows, padding on the left, words without codes."""
-    length, words = (word_ids >= 0).sum(1, True), word_ids.amax(1, True) + 1  # (B, 1) each
+    real, step = word_ids >= 0, word_ids.diff(dim=1, prepend=torch.full_like(ids[:, :1], -1))
+    length, words = real.sum(1, True), word_ids.amax(1, True) + 1  # (B, 1) each
     here = torch.arange(ids.shape[1] + delay + 1, device=ids.device)  # (R,)
-    if not torch.equal(word_ids >= 0, here[: ids.shape[1]] < length) or not length.all():
-        raise ValueError("each row of word_ids needs real ids >= 0 first, then padding of -1")
+    good = (real == (here[: -1 - delay] < length)) & ((step == 0) | (step == 1) | ~real)
+    if not good.all() or not (word_ids[:, :1] == 0).all():
+        raise ValueError(f"word_ids must count 0, 1, .. and then be {IGNORE}: {word_ids.tolist()}")
     if int(words.max()) > codes.shape[1]:
         raise ValueError(f"{int(words.max())} words, but codes for {codes.shape[1]} only")
     behind = here - 1 - length  # (B, R), 0 .. d-1 in the rows after the text
@@ -200,177 +202,6 @@ class TokenHead(nn.Module):
         return pick(self(hidden), temperature, rng=rng)
 
 
-class Decoder(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class VocabularySets:
-    """What generation has to know about each text token; tensors (V,) bool."""
-
-    word_start: Tensor
-    banned: Tensor
-    sentence_end: Tensor
-    blank: Tensor  # a lone space: its word goes on with the next token
-    tokenizer: Decoder
-
-    @classmethod
-    def of(cls, tokenizer: Decoder, vocab: int, faithful: bool = False) -> "VocabularySets":
-        """Sort the tokens of a vocabulary by their text. A word starts where it begins with a space.
-
-        Banned is what is no text: specials, holes, blanks but a space in front. faithful: the rules
-        of the public Llama 3 system, which bans all without letter, digit or one of .,' instead."""
-        special = set(getattr(tokenizer, "special", {}).values())
-        texts = [spell(tokenizer, i) for i in range(vocab)]
-        blank = [t == " " for t in texts]
-        if faithful:
-            start = [t[:1] == " " or i >= LLAMA3_SPECIAL for i, t in enumerate(texts)]
-            # Quirk: this bans "?", "!", quotes and dashes; of the specials, only the first two of
-            # Llama 3 matter, and <|end_of_text|> alone is named [TASTE-SpokenLM 301bce2].
-            banned = [
-                "\n" in t or not re.search(r"[A-Za-z0-9.,']", t) or i == LLAMA3_SPECIAL + 1
-                for i, t in enumerate(texts)
-            ]
-        else:
-            start = [t[:1] == " " for t in texts]
-            banned = [
-                i in special
-                or t in ("", UNKNOWN)
-                or re.search(r"\s", t.removeprefix(" ")) is not None
-                for i, t in enumerate(texts)
-            ]
-        ends = ["." in t for t in texts]
-        return cls(*(torch.tensor(x) for x in (start, banned, ends, blank)), tokenizer)
-
-
-def spell(tokenizer: Decoder, i: int) -> str:
-    """The text of one token, "" if the vocabulary has no such id."""
-    try:
-        return tokenizer.decode([i])
-    except (ValueError, IndexError, KeyError):
-        return ""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 0.5  # of the text; 0: the most likely token
-    top_p: float = 0.3
-    repetition_penalty: float = 1.1  # of text tokens that the prompt or the answer has already
-    code_temperature: float = 0.0  # of token heads
-    faithful: bool = False  # Quirk: the order and the smaller nucleus of the public system
-
-
-def next_text(
-    logits: Tensor, said: Tensor, sampling: Sampling, rng: torch.Generator | None = None
-) -> Tensor:
-    """logits (B, V), said (B, V) bool -> ids (B,): penalty, temperature, nucleus, draw.
-
-    faithful: nucleus, penalty, temperature, draw, and the plain argmax if top_p is 0."""
-    if sampling.faithful:
-        if sampling.top_p == 0:
-            return logits.argmax(-1)
-        logits = penalize(narrow(logits, sampling.top_p), said, sampling.repetition_penalty)
-        return pick(logits, sampling.temperature, rng=rng)
-    logits = penalize(logits, said, sampling.repetition_penalty)
-    return pick(logits, sampling.temperature, sampling.top_p, rng)
-
-
-def narrow(logits: Tensor, top_p: float) -> Tensor:
-    """logits (B, V) -> the same with -inf outside the public nucleus."""
-    p, order = logits.softmax(-1).sort(-1, descending=True)
-    # Quirk: the token that crosses top_p is dropped, elsewhere it is the last one kept.
-    outside = p.cumsum(-1) > top_p
-    outside[..., 0] = False
-    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
-
-
-def penalize(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
-    """Make what was said less likely. [CTRL: arXiv:1909.05858, sec. 4.1]"""
-    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-@dataclass
-class Prompt:
-    """Nothing: start from silence. ids: go on from a text. With word_ids and codes: go on from
-    speech. With prefix and suffix, texts around it: answer the speech (instruct)."""
-
-    ids: Tensor | None = None  # (N,)
-    word_ids: Tensor | None = None  # (N,)
-    codes: Tensor | None = None  # (W, Q)
-    prefix: Tensor | None = None  # (N',)
-    suffix: Tensor | None = None  # (N",)
-
-    def __post_init__(self) -> None:
-        if (self.codes is None) != (self.word_ids is None) or (
-            self.ids is None and self.codes is not None
-        ):
-            raise ValueError("a speech prompt needs ids, word_ids and codes")
-        if (self.prefix is None) != (self.suffix is None) or (
-            self.codes is None and self.prefix is not None
-        ):
-            raise ValueError("prefix and suffix go together, around a speech prompt")
-        if self.ids is not None and not len(self.ids):
-            raise ValueError("ids is empty: leave it out to start from nothing")
-
-
-@dataclass
-class Generated:
-    ids: Tensor  # (N,) int64, without the prompt
-    word_ids: Tensor  # (N,) int64
-    text: str
-    words: list[str]  # W
-    codes: Tensor  # (W, Q) int64
-    ended: bool  # False: cut off by max_steps
-
-
-class Talk:
-    """The book-keeping of one utterance while it is generated: whose codes are heard now?"""
-
-    def __init__(self, codes: list[Tensor], delay: int, extra_words: int, steps: int) -> None:
-        """codes: of the words of the prompt, (Q,) each; those of new words are put behind."""
-        self.codes, self.first, self.delay = codes, len(codes), delay
-        self.extra_words, self.steps = extra_words, steps
-        self.ids: list[int] = []
-        self.word_ids: list[int] = []
-        self.words = self.waited = 0  # words begun, rows behind the text
-        self.waiting = self.ended = self.blank = False
-
-    @property
-    def heard(self) -> int:
-        """Word whose codes are fused into the next row, as in layout(); negative: none yet."""
-        return self.first + self.words + self.waited - 1 - self.delay
-
-    @property
-    def done(self) -> bool:
-        return self.waited == self.delay
-
-    def push(self, token: int, sets: VocabularySets) -> bool:
-        """The next text token, or what you like while waiting -> does a word begin?"""
-        if self.waiting:
-            self.waited += 1
-            return True
-        begins = not self.ids or bool(sets.word_start[token])
-        full = self.words >= self.extra_words and bool(sets.sentence_end[token])
-        full |= self.words >= 3 * self.extra_words  # counted without this token
-        self.words += begins
-        self.ids.append(token)
-        self.word_ids.append(self.words - 1)
-        self.blank = begins and bool(sets.blank[token])
-        self.ended = full and not self.blank
-        self.waiting = self.ended or len(self.ids) == self.steps
-        return begins
-
-    def result(self, tokenizer: Decoder) -> Generated:
-        ids, codes = torch.tensor(self.ids), torch.stack(self.codes[self.first :])
-        word_ids = torch.tensor(self.word_ids)
-        words = [tokenizer.decode(ids[word_ids == w].tolist()) for w in range(self.words)]
-        assert len(words) == len(codes), (words, codes.shape)
-        words = [word.strip() for word in words]
-        return Generated(
-            ids, word_ids, tokenizer.decode(self.ids).strip(), words, codes, self.ended
-        )
-
-
 @dataclass
 class SpokenLMOutput:
     loss: Tensor  # the sum that is minimized
@@ -382,11 +213,50 @@ class SpokenLMOutput:
     layout: Layout
 
 
+def check(config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None) -> None:
+    """ValueError where the three do not fit each other."""
+    theirs = (quantizer.config.dim, quantizer.n_codebooks, quantizer.n_codes)
+    ours = (config.audio_dim, config.n_codebooks, config.n_codes)
+    if theirs != ours:
+        raise ValueError(f"(audio_dim, n_codebooks, n_codes) {ours}, the quantizer has {theirs}")
+    if config.head == "token":
+        pass
+    elif not isinstance(quantizer, RVQ):
+        raise ValueError(f"head={config.head!r} needs an RVQ, got {type(quantizer).__name__}")
+    elif config.head == "latent" and config.latent_dim != quantizer.config.codebook_dim:
+        width = quantizer.config.codebook_dim
+        raise ValueError(f"latent_dim={config.latent_dim}, the code space of the RVQ has {width}")
+    if llm is not None and llm.config != config.llm:
+        raise ValueError(f"the given LM is {llm.config}, config.llm is {config.llm}")
+
+
+def kl(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Logits (M, V) of both -> KL(theirs || ours), mean over positions ()."""
+    p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def untouched(model: Llama) -> Iterator[None]:
+    """In here the Llama is the public one: no LoRA, exact rotary frequencies."""
+    layers, config = lora.lora_layers(model), model.config
+    merged = [layer.merged for layer in layers]
+    model.config = replace(config, rope_bf16=False)
+    for layer in layers:
+        layer.merged = layer.base.weight.detach()  # merged with nothing
+    try:
+        yield
+    finally:
+        model.config = config
+        for layer, before in zip(layers, merged, strict=True):
+            layer.merged = before
+
+
 class SpokenLM(nn.Module):
     def __init__(
         self, config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None = None
     ) -> None:
-        """llm: a pretrained text LM, config.llm as it is; LoRA is put into it. None: random weights.
+        """llm: a pretrained text LM, which config.llm describes; it is given LoRA. None: random.
 
         The quantizer is used as it is and frozen: it stays in eval mode."""
         super().__init__()
@@ -489,111 +359,6 @@ class SpokenLM(nn.Module):
         frozen = {k: v for k, v in self.state_dict().items() if k not in self.state_to_save()}
         load_strict(self, frozen | dict(tensors), "spoken LM")
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        sets: VocabularySets,
-        prompt: Prompt | None = None,
-        sampling: Sampling | None = None,
-        extra_words: int = 8,
-        max_steps: int | None = None,
-        rng: torch.Generator | None = None,
-    ) -> Generated:
-        """Go on from the prompt; end at a sentence end once extra_words are begun, or anywhere once
-        3 * extra_words are. max_steps: most text tokens, default 16 for each of those words."""
-        prompt, sampling = prompt or Prompt(), sampling or Sampling()
-        rows, said = self.prompt_rows(prompt)  # (1, N, C), (1, V) bool
-        steps = max_steps or STEPS_PER_WORD * 3 * extra_words
-        steps = min(steps, self.config.llm.max_tokens - rows.shape[1] - self.config.delay)
-        if extra_words < 1 or steps < 1:
-            raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt {rows.shape[1]} rows")
-        spoken = prompt.codes is not None and prompt.prefix is None
-        history = list(prompt.codes.to(rows.device)) if spoken else []
-        talk = Talk(history, self.config.delay, extra_words, steps)
-        caches = self.llm.new_caches(rows.shape[1] + steps + self.config.delay)
-        banned, starts = (x.to(rows.device) for x in (sets.banned, sets.word_start))
-        text, token = self.pad_text[None], torch.tensor([IGNORE])
-        while True:
-            hidden = self.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
-            if not talk.waiting:
-                never = banned | starts if talk.blank else banned
-                logits = self.llm.logits(hidden).float().masked_fill(never, -torch.inf)
-                token = next_text(logits, said, sampling, rng)  # (1,)
-                said[:, token] = True
-            # Behind the last word the text is pad_text, as in training.
-            text = self.pad_text[None] if talk.waiting else self.llm.embed(token)  # (1, C)
-            if talk.push(int(token), sets) and talk.heard == len(talk.codes):
-                talk.codes += self.head.say(hidden, self.quantizer, sampling.code_temperature, rng)
-            if talk.done:
-                return talk.result(sets.tokenizer)
-            rows = self.fuse(text, self.sound(talk.codes, talk.heard))[:, None]  # (1, 1, C)
-
-    def sound(self, codes: list[Tensor], word: int) -> Tensor:
-        """What is heard of a word (1, A); a negative word: pad_audio."""
-        return (
-            self.quantizer.decode(codes[word][None, None])[0] if word >= 0 else self.pad_audio[None]
-        )
-
-    def prompt_rows(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """-> rows that the Llama reads first (1, N, C), which text ids they hold (1, V) bool."""
-        device = self.pad_text.device
-        texts = [x.to(device) for x in (prompt.prefix, prompt.ids, prompt.suffix) if x is not None]
-        said = torch.zeros(1, self.config.llm.vocab, dtype=torch.bool, device=device)
-        said[:, torch.cat(texts)] = True
-        if prompt.ids is None:
-            return self.llm.embed(torch.tensor([[self.config.sos]], device=device)), said
-        if prompt.codes is None or prompt.word_ids is None:
-            # Quirk: a text prompt has no sos and is not fused [TASTE-SpokenLM 301bce2].
-            return self.llm.embed(texts[0])[None], said
-        codes = prompt.codes.to(device)[None]  # (1, W, Q)
-        plan = layout(
-            prompt.ids.to(device)[None], prompt.word_ids.to(device)[None], codes, self.config.delay
-        )
-        rows = self.rows(plan, codes)[:, : 1 + len(prompt.ids)]  # (1, 1 + N, C)
-        if prompt.prefix is None:
-            return rows, said
-        before, after = (self.llm.embed(x)[None] for x in (texts[0], texts[-1]))
-        return torch.cat([before, rows[:, 1:], after], 1), said
-
-
-def check(config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None) -> None:
-    """ValueError where the three do not fit each other."""
-    theirs = (quantizer.config.dim, quantizer.n_codebooks, quantizer.n_codes)
-    if theirs != (config.audio_dim, config.n_codebooks, config.n_codes):
-        raise ValueError(
-            f"audio_dim, n_codebooks, n_codes: the quantizer has {theirs}, the config {config}"
-        )
-    if config.head != "token" and not isinstance(quantizer, RVQ):
-        raise ValueError(f"head={config.head!r} needs an RVQ, got {type(quantizer).__name__}")
-    if config.head == "latent" and quantizer.config.codebook_dim != config.latent_dim:
-        raise ValueError(
-            f"latent_dim={config.latent_dim}, the RVQ has {quantizer.config.codebook_dim}"
-        )
-    if llm is not None and llm.config != config.llm:
-        raise ValueError(f"the given LM is {llm.config}, config.llm is {config.llm}")
-
-
-def kl(theirs: Tensor, ours: Tensor) -> Tensor:
-    """Logits (M, V) of both -> KL(theirs || ours), mean over positions ()."""
-    p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
-
-
-@contextmanager
-def untouched(model: Llama) -> Iterator[None]:
-    """In here the Llama is the public one: no LoRA, exact rotary frequencies."""
-    layers, config = lora.lora_layers(model), model.config
-    merged = [layer.merged for layer in layers]
-    model.config = replace(config, rope_bf16=False)
-    for layer in layers:
-        layer.merged = layer.base.weight.detach()  # merged with nothing
-    try:
-        yield
-    finally:
-        model.config = config
-        for layer, before in zip(layers, merged, strict=True):
-            layer.merged = before
-
 
 # What follows the public prefix `spoken_lm.`, outside the Llama.
 NAMES = {
@@ -624,10 +389,258 @@ def from_public(
     return model.eval()
 
 
+# ---- generation
+
+
+class Decoder(Protocol):
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class VocabularySets:
+    """What generation has to know about each text token; tensors (V,) bool."""
+
+    word_start: Tensor
+    banned: Tensor
+    sentence_end: Tensor
+    blank: Tensor  # a lone space: its word goes on with the next token
+    tokenizer: Decoder
+
+    @classmethod
+    def of(cls, tokenizer: Decoder, vocab: int, faithful: bool = False) -> "VocabularySets":
+        """Sort the tokens of a vocabulary by their text. A word starts with a space in front.
+
+        Banned is what is no text: specials, holes, blanks but a space in front. faithful: the rules
+        of the public Llama 3 system, which bans all without letter, digit or one of .,' instead."""
+        special = set(getattr(tokenizer, "special", {}).values())
+        texts = [spell(tokenizer, i) for i in range(vocab)]
+        blank = [t == " " for t in texts]
+        if faithful:
+            start = [t[:1] == " " or i >= LLAMA3_SPECIAL for i, t in enumerate(texts)]
+            # Quirk: this bans "?", "!", quotes and dashes; of the specials, only the first two of
+            # Llama 3 matter, and <|end_of_text|> alone is named [TASTE-SpokenLM 301bce2].
+            banned = [
+                "\n" in t or not re.search(r"[A-Za-z0-9.,']", t) or i == LLAMA3_SPECIAL + 1
+                for i, t in enumerate(texts)
+            ]
+        else:
+            start = [t[:1] == " " for t in texts]
+            banned = [
+                i in special
+                or t in ("", UNKNOWN)
+                or re.search(r"\s", t.removeprefix(" ")) is not None
+                for i, t in enumerate(texts)
+            ]
+        ends = ["." in t for t in texts]
+        sets = [torch.tensor(x) for x in (start, banned, ends, blank)]
+        return cls(sets[0], sets[1], sets[2], sets[3], tokenizer)
+
+
+def spell(tokenizer: Decoder, i: int) -> str:
+    """The text of one token, "" if the vocabulary has no such id."""
+    try:
+        return tokenizer.decode([i])
+    except (ValueError, IndexError, KeyError):
+        return ""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.5  # of the text; 0: the most likely token
+    top_p: float = 0.3
+    repetition_penalty: float = 1.1  # of text tokens that the prompt or the answer has already
+    code_temperature: float = 0.0  # of token heads
+    faithful: bool = False  # Quirk: the order and the smaller nucleus of the public system
+
+
+def next_text(
+    logits: Tensor, said: Tensor, sampling: Sampling, rng: torch.Generator | None = None
+) -> Tensor:
+    """logits (B, V), said (B, V) bool -> ids (B,): penalty, temperature, nucleus, draw.
+
+    faithful: nucleus, penalty, temperature, draw, and the plain argmax if top_p is 0."""
+    if sampling.faithful:
+        if sampling.top_p == 0:
+            return logits.argmax(-1)
+        logits = penalize(narrow(logits, sampling.top_p), said, sampling.repetition_penalty)
+        return pick(logits, sampling.temperature, rng=rng)
+    logits = penalize(logits, said, sampling.repetition_penalty)
+    return pick(logits, sampling.temperature, sampling.top_p, rng)
+
+
+def narrow(logits: Tensor, top_p: float) -> Tensor:
+    """logits (B, V) -> the same with -inf outside the public nucleus."""
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    # Quirk: the token that crosses top_p is dropped, elsewhere it is the last one kept.
+    outside = p.cumsum(-1) > top_p
+    outside[..., 0] = False
+    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+
+
+def penalize(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
+    """Make what was said less likely. [CTRL: arXiv:1909.05858, sec. 4.1]"""
+    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+@dataclass
+class Prompt:
+    """Nothing: start from silence. ids: go on from a text. With word_ids and codes: go on from
+    speech. With prefix and suffix, texts around it: answer the speech (instruct)."""
+
+    ids: Tensor | None = None  # (N,)
+    word_ids: Tensor | None = None  # (N,)
+    codes: Tensor | None = None  # (W, Q)
+    prefix: Tensor | None = None  # (N',)
+    suffix: Tensor | None = None  # (N",)
+
+    def __post_init__(self) -> None:
+        spoken = self.codes is not None
+        if spoken != (self.word_ids is not None) or (spoken and self.ids is None):
+            raise ValueError("a speech prompt needs ids, word_ids and codes")
+        around = self.prefix is not None
+        if around != (self.suffix is not None) or (around and not spoken):
+            raise ValueError("prefix and suffix go together, around a speech prompt")
+        if self.ids is not None and not len(self.ids):
+            raise ValueError("ids is empty: leave it out to start from nothing")
+        if self.word_ids is not None and int(self.word_ids[-1]) + 1 != len(self.codes):  # type: ignore[arg-type]
+            raise ValueError(f"{int(self.word_ids[-1]) + 1} words, codes {(*self.codes.shape,)}")  # type: ignore[union-attr]
+
+    def history(self, device: torch.device) -> list[Tensor]:
+        """Codes of the words that the new ones follow, (Q,) each. Not those of a question."""
+        spoken = self.codes is not None and self.prefix is None
+        return list(self.codes.to(device)) if spoken else []  # type: ignore[union-attr]
+
+
+@dataclass
+class Generated:
+    ids: Tensor  # (N,) int64, without the prompt
+    word_ids: Tensor  # (N,) int64
+    text: str
+    words: list[str]  # W
+    codes: Tensor  # (W, Q) int64
+    ended: bool  # False: cut off by max_steps
+
+
+class Talk:
+    """The book-keeping of one utterance while it is generated: whose codes are heard now?"""
+
+    def __init__(self, codes: list[Tensor], delay: int, extra_words: int, steps: int) -> None:
+        """codes: of the words of the prompt, (Q,) each; those of new words are put behind."""
+        self.codes, self.first, self.delay = codes, len(codes), delay
+        self.extra_words, self.steps = extra_words, steps
+        self.ids: list[int] = []
+        self.word_ids: list[int] = []
+        self.words = self.waited = 0  # words begun, rows behind the text
+        self.waiting = self.ended = self.blank = False
+
+    @property
+    def heard(self) -> int:
+        """Word whose codes are fused into the next row, as in layout(); negative: none yet."""
+        return self.first + self.words + self.waited - 1 - self.delay
+
+    @property
+    def done(self) -> bool:
+        return self.waited == self.delay
+
+    def push(self, token: int, sets: VocabularySets) -> bool:
+        """The next text token, or what you like while waiting -> does a word begin?"""
+        if self.waiting:
+            self.waited += 1
+            return True
+        begins = not self.ids or bool(sets.word_start[token])
+        full = self.words >= self.extra_words and bool(sets.sentence_end[token])
+        full |= self.words >= 3 * self.extra_words  # counted without this token
+        self.words += begins
+        self.ids.append(token)
+        self.word_ids.append(self.words - 1)
+        self.blank = begins and bool(sets.blank[token])
+        self.ended = full and not self.blank
+        self.waiting = self.ended or len(self.ids) == self.steps
+        return begins
+
+    def result(self, tokenizer: Decoder) -> Generated:
+        ids, codes = torch.tensor(self.ids), torch.stack(self.codes[self.first :])
+        word_ids = torch.tensor(self.word_ids)
+        words = [tokenizer.decode(ids[word_ids == w].tolist()) for w in range(self.words)]
+        assert len(words) == len(codes), (words, codes.shape)
+        words = [word.strip() for word in words]
+        return Generated(
+            ids, word_ids, tokenizer.decode(self.ids).strip(), words, codes, self.ended
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: SpokenLM,
+    sets: VocabularySets,
+    prompt: Prompt | None = None,
+    sampling: Sampling | None = None,
+    extra_words: int = 8,
+    max_steps: int | None = None,
+    rng: torch.Generator | None = None,
+) -> Generated:
+    """Go on from the prompt; end at a sentence end once extra_words are begun, or anywhere once
+    3 * extra_words are. max_steps: most text tokens, default 16 for each of those words.
+
+    Each step reads one row and keeps keys and values; the model should be in eval mode."""
+    prompt, sampling, delay = prompt or Prompt(), sampling or Sampling(), model.config.delay
+    rows, said = prompt_rows(model, prompt)  # (1, N, C), (1, V) bool
+    steps = STEPS_PER_WORD * 3 * extra_words if max_steps is None else max_steps
+    steps = min(steps, model.config.llm.max_tokens - rows.shape[1] - delay)
+    if extra_words < 1 or steps < 1:
+        raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {rows.shape[1]} rows")
+    talk = Talk(prompt.history(rows.device), delay, extra_words, steps)
+    caches = model.llm.new_caches(rows.shape[1] + steps + delay)
+    banned, starts = sets.banned.to(rows.device), sets.word_start.to(rows.device)
+    while True:
+        hidden = model.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
+        token, text = IGNORE, model.pad_text[None]  # behind the last word, as in training
+        if not talk.waiting:
+            never = banned | starts if talk.blank else banned
+            logits = model.llm.logits(hidden).float().masked_fill(never, -torch.inf)
+            chosen = next_text(logits, said, sampling, rng)  # (1,)
+            said[:, chosen], token = True, int(chosen)
+            text = model.llm.embed(chosen)  # (1, C)
+        if talk.push(token, sets) and talk.heard == len(talk.codes):
+            heat = sampling.code_temperature
+            talk.codes += model.head.say(hidden, model.quantizer, heat, rng)  # of one word, (Q,)
+        if talk.done:
+            return talk.result(sets.tokenizer)
+        rows = model.fuse(text, sound(model, talk))[:, None]  # (1, 1, C)
+
+
+def sound(model: SpokenLM, talk: Talk) -> Tensor:
+    """What is heard in the next row (1, A)."""
+    if talk.heard < 0:
+        return model.pad_audio[None]
+    return model.quantizer.decode(talk.codes[talk.heard][None, None])[0]
+
+
+def prompt_rows(model: SpokenLM, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """-> what the Llama reads first (1, N, C), and which text ids that holds (1, V) bool."""
+    device, vocab = model.pad_text.device, model.config.llm.vocab
+    texts = [x.to(device) for x in (prompt.prefix, prompt.ids, prompt.suffix) if x is not None]
+    said = torch.zeros(1, vocab, dtype=torch.bool, device=device)
+    for ids in texts:
+        said[:, ids] = True
+    if prompt.ids is None:
+        return model.llm.embed(torch.tensor([[model.config.sos]], device=device)), said
+    if prompt.codes is None or prompt.word_ids is None:
+        # Quirk: a text prompt has no sos and is not fused [TASTE-SpokenLM 301bce2].
+        return model.llm.embed(texts[0])[None], said
+    words, codes = prompt.word_ids.to(device)[None], prompt.codes.to(device)[None]
+    plan = layout(prompt.ids.to(device)[None], words, codes, model.config.delay)
+    rows = model.rows(plan, codes)[:, : 1 + len(prompt.ids)]  # (1, 1 + N, C)
+    if prompt.prefix is None:
+        return rows, said
+    before, after = (model.llm.embed(x)[None] for x in (texts[0], texts[-1]))
+    return torch.cat([before, rows[:, 1:], after], 1), said
+
+
 if __name__ == "__main__":
     from fsq import TINY as TINY_FSQ
 
-    model = SpokenLM(TINY, FSQ(TINY_FSQ))
+    model = SpokenLM(TINY, FSQ(TINY_FSQ)).eval()
     ids, words = torch.randint(320, (2, 9)), torch.arange(9).expand(2, 9) // 2
     codes = torch.randint(TINY.n_codes, (2, 5, TINY.n_codebooks))
     out = model(ids, words, codes, reference=True)

@@ -3,7 +3,7 @@
     z      = words(Aggregator(text, deep frames, shallow frames))     one vector per word
     codes  = quantize(z)                                              RVQ: TASTE, FSQ: TASLA
     units ~ UnitDecoder(text, dequantize(codes), voice)               S3 units of the same speech
-    loss   = CE(units) + lambda * quantizer loss                      TASLA eq. of 4.3; TASTE lambda = 1
+    loss   = CE(units) + lambda * quantizer loss                      TASLA 4.3; TASTE lambda = 1
 
     last, taps (B, T, C) --aggregator--> tokens (B, N, C) --mean per word--> z (B, W, C)
       --quantizer--> codes (B, W, Q), embedding (B, W, C) --repeat--> (B, N, C) --> units (B, U)
@@ -94,7 +94,7 @@ class SpeechTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.aggregator = agg.Aggregator(config.aggregator)
-        self.quantizer: nn.Module | None = None
+        self.quantizer: FSQ | RVQ | None = None
         if config.quantizer == "fsq":
             self.quantizer = FSQ(config.fsq)
         elif config.quantizer == "rvq":
@@ -145,7 +145,7 @@ class SpeechTokenizer(nn.Module):
         taps: Mapping[int, Tensor],
         keep: Tensor | None = None,
     ) -> Tensor:
-        """-> codes (B, W, Q) int64, -1 where an item has no such word. ValueError without quantizer."""
+        """-> codes (B, W, Q) int64, -1 where an item has no such word. No quantizer: ValueError."""
         if self.quantizer is None:
             raise ValueError("this tokenizer has quantizer='none': it makes no codes")
         z, word_keep, _ = self.words(ids, word_ids, last, taps, keep)
@@ -153,6 +153,8 @@ class SpeechTokenizer(nn.Module):
 
     def embed(self, codes: Tensor, word_ids: Tensor) -> Tensor:
         """codes (B, W, Q), word_ids (B, N) -> what the unit decoder hears, (B, N, C)."""
+        if self.quantizer is None:
+            raise ValueError("this tokenizer has quantizer='none': it has no codes to embed")
         return agg.spread(self.quantizer.decode(codes), word_ids)
 
     @torch.no_grad()

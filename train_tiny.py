@@ -4,7 +4,7 @@
     python train_tiny.py --only hift        one of them; run again after an interruption: it goes on
 
     asr      Whisper encoder + decoder        words, phones, word-aligned attention
-    s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel from each unit
+    s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel of each unit
     speaker  CAM++                            which voice
     hift     mel -> wav                       STFT and mel losses, then discriminators
     flow     units + voice -> mel             flow matching + direct regression
@@ -27,7 +27,20 @@ import audio
 import synth
 import text
 from common import Log, cosine, flag, parse, pick_device, run, seed_step
-from data import BOS, EOS, UNK, Batches, Item, Ragged, builtin, digest, keep_mask, pad, prepare, word_spans
+from data import (
+    BOS,
+    EOS,
+    UNK,
+    Batches,
+    Item,
+    Ragged,
+    builtin,
+    digest,
+    keep_mask,
+    pad,
+    prepare,
+    word_spans,
+)
 from flow import SILENCE, Flow
 from flow import TINY as FLOW
 from hift import TINY as HIFT
@@ -57,8 +70,9 @@ from whisper_enc import WhisperEncoder
 FRAME_S = 0.01  # seconds per mel frame
 STAGES = ("asr", "s3", "speaker", "hift", "flow", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
+ADVERSARIAL_FROM = 0.6  # share of HiFT's steps before the discriminators join
 FP16 = torch.float16  # of the files; everything computes in fp32
-STEPS = {"asr": 5000, "s3": 5000, "speaker": 600, "hift": 12000, "flow": 6000, "lm": 4000}
+STEPS = {"asr": 5000, "s3": 5000, "speaker": 500, "hift": 6000, "flow": 6000, "lm": 4000}
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Corpus:
 
 
 def tokenizer(cfg: Config, name: str) -> text.Tokenizer:
-    """The tokenizer of "asr" or "lm", trained on sentences of the grammar if it is not there yet."""
+    """The tokenizer of "asr" or "lm", trained on sentences of the grammar if not there yet."""
     path = cfg.out / name / "tokenizer.model"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +129,7 @@ def load_corpus(cfg: Config, split: str, asr: text.Tokenizer) -> Corpus:
         wav = item.wav(audio.WHISPER_RATE)
         mel = audio.whisper_mel(wav).T  # (F, 80)
         f0 = pitch(wav, audio.WHISPER_RATE, audio.WHISPER_HOP)
-        phones = synth.phone_frames(item.utterance, 1 / FRAME_S, len(mel))
+        phones = synth.phone_frames(item.truth, 1 / FRAME_S, len(mel))
         return {"mel": mel.half(), "f0": f0[: len(mel)].half(), "phones": phones.short()}
 
     store = prepare(items, compute, f"train_tiny 1 {digest(items)}", f"features of {split}")
@@ -129,7 +143,7 @@ def fit(
     update: Callable[[int, int], dict[str, Tensor]],
     check: Callable[[], dict[str, float]],
 ) -> None:
-    """Run update(step, steps) to the end of STEPS[name], from the newest checkpoint if there is one."""
+    """Run update(step, steps) to the end of STEPS[name], from the newest checkpoint if any."""
     steps, run_dir = max(2, round(STEPS[name] * cfg.scale)), cfg.runs / name
     first = load_checkpoint(run_dir, state)["step"] if [*run_dir.glob("step_*")] else 0
     log = Log(run_dir, name, steps, first)
@@ -144,7 +158,7 @@ def fit(
 
 
 def descend(loss: Tensor, opt: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> Tensor:
-    """One optimizer step at `lr`; returns the gradient norm. A loss that is not finite is an error."""
+    """One optimizer step at `lr`; returns the gradient norm. A non-finite loss is an error."""
     parameters = [p for group in opt.param_groups for p in group["params"]]
     for group in opt.param_groups:
         group["lr"] = lr
@@ -155,16 +169,30 @@ def descend(loss: Tensor, opt: torch.optim.Optimizer, lr: float, clip: float = 1
     return norm
 
 
-def asr_targets(corpus: Corpus, indices: list[int], frames: int) -> tuple[Tensor, Tensor]:
-    """-> ids (B, N + 1) with bos .. eos, -1 at padding; span (B, N, T) bool: the frames in which
-    the word of the token that position n predicts is spoken."""
-    ids, spans = [], []
+def asr_batch(corpus: Corpus, indices: list[int], broken_off: float) -> tuple[Tensor, ...]:
+    """-> mel (B, 80, F), lengths (B,), ids (B, N + 1) bos .. eos with -1 at padding, span (B, N, T)
+    bool: frames of the word whose token position n predicts, phones (B, T).
+
+    broken_off: share of items that end after a random word, as spoken prompts do."""
+    mels, ids, spans, phones = [], [], [], []
     for i in indices:
-        row = text.align_words(corpus.items[i].text, corpus.asr, corpus.asr)
+        said, words = corpus.items[i].utterance, text.split_words(corpus.items[i].text)
+        mel, phone = corpus.store.get("mel", i).float(), corpus.store.get("phones", i)[2::4].long()
+        if torch.rand(()) < broken_off:
+            words = words[: int(torch.randint(1, len(words) + 1, ()))]
+            end = round((said.ends_s[len(words) - 1] + 0.05 * float(torch.rand(()))) / FRAME_S)
+            mel = mel[:end]
+        frames = ENCODER.frames(len(mel))
+        row = text.align_words(" ".join(words), corpus.asr, corpus.asr)
+        span = word_spans(said, row.asr_word_ids, frames)
+        mels.append(mel)
         ids.append(torch.tensor([BOS, *row.asr_ids, EOS]))
-        span = word_spans(corpus.items[i].utterance, row.asr_word_ids, frames)
         spans.append(F.pad(span, (0, 0, 0, 1), value=True))  # eos may look anywhere
-    return pad(ids, -1)[0], pad(spans)[0]
+        phones.append(phone[:frames])
+    mel, lengths = pad(mels)
+    T = ENCODER.frames(mel.shape[1])
+    span = pad([F.pad(x, (0, T - x.shape[1])) for x in spans])[0]
+    return mel.transpose(1, 2), lengths, pad(ids, -1)[0], span, pad(phones, -1)[0]
 
 
 def train_asr(cfg: Config, device: torch.device) -> None:
@@ -180,11 +208,8 @@ def train_asr(cfg: Config, device: torch.device) -> None:
     batches = Batches(train.store.lengths("mel"), 16, cfg.seed)
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        indices = batches(step)
-        mel, lengths = train.mel(indices)
+        mel, lengths, ids, span, phones = asr_batch(train, batches(step), 0.25)
         mel = mel + 0.05 * torch.rand(len(mel), 1, 1) * torch.randn_like(mel)
-        ids, span = asr_targets(train, indices, ENCODER.frames(mel.shape[2]))
-        phones = train.frames("phones", indices).long()
         target, inputs = ids[:, 1:], ids[:, :-1].clamp(min=0)
         dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != BOS)
         inputs = inputs.masked_fill(dropped, UNK)  # listen, do not guess from the words before
@@ -369,40 +394,37 @@ def crop(x: Tensor, n: int) -> Tensor:
 
 
 def train_hift(cfg: Config, device: torch.device) -> None:
-    """True F0 drives the source; STFT and mel distance first, discriminators for the second half."""
+    """True F0 drives the source; STFT and mel distance first, judges for the second half."""
     train, dev = (
         load_corpus(cfg, "train", tokenizer(cfg, "asr")),
         load_corpus(cfg, "dev", tokenizer(cfg, "asr")),
     )
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
-    judge_opt = torch.optim.AdamW(judges.parameters(), betas=(0.8, 0.99), weight_decay=0.0)
-    size = 40 * audio.VOCODER_HOP
+    opt = torch.optim.Adam(model.parameters(), betas=(0.8, 0.99))
+    judge_opt = torch.optim.Adam(judges.parameters(), betas=(0.8, 0.99))
+    size = 32 * audio.VOCODER_HOP
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         indices = torch.randint(len(train.items), (16,)).tolist()
         wavs = [train.items[i].wav(audio.VOCODER_RATE) for i in indices]
-        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs]).to(
-            device
-        )
-        mel = audio.vocoder_mel(wav)  # (B, 80, F)
-        f0 = pitch(wav, audio.VOCODER_RATE, audio.VOCODER_HOP)  # (B, F)
+        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs])
+        wav = wav.to(device)
+        mel, f0 = audio.vocoder_mel(wav), mel_pitch(wav)  # (B, 80, F), (B, F)
         fake = model(mel, f0=f0)
-        full = (audio.vocoder_mel(wav, None), audio.vocoder_mel(fake, None))
+        full = audio.vocoder_mel(torch.cat([wav, fake]), None)
         losses = {
-            "mel": (full[0] - full[1]).abs().mean(),
             "stft": stft_loss(fake, wav),
+            "mel": (full[:16] - full[16:]).abs().mean(),
             "f0": (model.f0(mel) - f0).abs().mean(),
         }
-        total = 10 * losses["mel"] + 5 * losses["stft"] + 0.02 * losses["f0"]
-        lr = cosine(step, steps, 1.5e-3, 200)
-        if step > steps // 2:
+        total = losses["stft"] + losses["mel"] + 0.01 * losses["f0"]
+        lr = cosine(step, steps, 2.5e-3, 20, floor=0.1)
+        if step > round(ADVERSARIAL_FROM * steps):
             judged = discriminator_loss(judges(wav), judges(fake.detach()))
-            descend(judged, judge_opt, lr / 4, clip=5.0)
+            descend(judged, judge_opt, 5e-4, clip=5.0)
             says = judges(fake)
-            gan = adversarial_loss(says) + feature_loss(judges(wav), says)
-            losses |= {"judges": judged, "gan": gan}
-            total = total + gan
+            losses |= {"judges": judged, "gan": adversarial_loss(says)}
+            total = 10 * total + losses["gan"] + feature_loss(judges(wav), says)
         losses["norm"] = descend(total, opt, lr, clip=5.0)
         return losses
 
@@ -423,6 +445,13 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     state = {"model": model, "judges": judges, "opt": opt, "judge_opt": judge_opt}
     fit(cfg, "hift", state, update, check)
     save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
+
+
+def mel_pitch(wav: Tensor) -> Tensor:
+    """wav (B, S) at 22.05 kHz -> f0 (B, F) Hz at the middle of each frame of audio.vocoder_mel,
+    which lies half a hop later than that of pitch()."""
+    half = audio.VOCODER_HOP // 2
+    return pitch(F.pad(wav[:, half:], (0, half)), audio.VOCODER_RATE, audio.VOCODER_HOP)
 
 
 def train_flow(cfg: Config, device: torch.device) -> None:
@@ -446,10 +475,7 @@ def train_flow(cfg: Config, device: torch.device) -> None:
 
     stores = [
         prepare(
-            c.items,
-            compute,
-            f"train_tiny flow 1 {digest(c.items)} {models}",
-            f"units of {name}",
+            c.items, compute, f"train_tiny flow 1 {digest(c.items)} {models}", f"units of {name}"
         )
         for c, name in ((train, "train"), (dev, "dev"))
     ]
@@ -482,7 +508,7 @@ def train_flow(cfg: Config, device: torch.device) -> None:
 
 
 def train_lm(cfg: Config, device: torch.device) -> None:
-    """Next-token prediction over fresh sentences of the grammar: no sentence is seen twice by plan."""
+    """Next-token prediction over fresh sentences of the grammar: none is seen twice by plan."""
     lm = tokenizer(cfg, "lm")
     held_out = synth.load(n_train=cfg.utterances).held_out()
     model = Llama(LM).to(device)

@@ -27,7 +27,8 @@ class Vocoder(nn.Module):
     def forward(self, units: Tensor, voice: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """units (U,) int64, voice (X,) -> wav (256 F,) float32 at 22.05 kHz, F = flow.frames(U).
 
-        rng draws the flow's noise; HiFT's phases come from the global generator. No units: ValueError."""
+        rng draws the flow's noise; HiFT's phases come from the global generator.
+        No units: ValueError."""
         if not len(units):
             raise ValueError("no units to speak: the unit decoder ended at once")
         lengths = torch.tensor([len(units)], device=units.device)
@@ -39,7 +40,7 @@ def load_vocoder(bundle: Path) -> Vocoder:
     """bundle/flow and bundle/hift, folders of our own, in eval mode, weight norm folded."""
     flow = Flow(as_config(FlowConfig, read_config(bundle / "flow")))
     hift = HiFT(as_config(HiFTConfig, read_config(bundle / "hift"))).fold()
-    return Vocoder(load_model(flow, bundle / "flow"), load_model(hift, bundle / "hift")).eval()  # type: ignore[arg-type]
+    return Vocoder(load_model(flow, bundle / "flow"), load_model(hift, bundle / "hift")).eval()
 
 
 def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:

@@ -11,8 +11,10 @@ table maps public names to ours: {regex of the public name: our name}, see NAMES
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,34 +25,46 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
 Names = Mapping[str, str]
+DAMAGED = (  # what safetensors and torch.load raise for files of another kind, or cut short
+    SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError,
+    ValueError, TypeError, AttributeError, LookupError, AssertionError,
+)  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, a model folder (also sharded), or a .pt/.pth/.bin pickle.
 
-    Pickles are read with weights_only=True: they can hold tensors, never code."""
+    Pickles are read with weights_only=True: they can hold tensors, never code; OpenAI's hold them
+    one level down, beside the sizes. A file of another kind, or without tensors: ValueError."""
     path = Path(path)
     if path.is_dir():
         if (index := path / "model.safetensors.index.json").exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_json(index, "weight_map").values()))
             return {k: v for shard in shards for k, v in read_tensors(path / shard).items()}
         return read_tensors(path / "model.safetensors")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; see README.md on where to get it")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f"{path}: damaged or not a weight file ({e})") from e
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("model_state_dict", state)
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    except DAMAGED as e:
+        reason = (str(e).splitlines() or [""])[0]
+        raise ValueError(f"{path}: damaged or not a weight file ({reason})") from e
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors; it has {sorted(map(str, state))[:5]}")
+    return tensors
 
 
 def rename(
     tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Public names -> ours. Each tensor must match exactly one row of `names`, or a regex in `skip`."""
+    """Public names -> ours. Each tensor must match exactly one row of `names`, or one of `skip`."""
     ours: dict[str, Tensor] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -82,22 +96,35 @@ def read_config(folder: Path, key: str = "") -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a model is a folder with config.json in it")
+    return read_json(path, key)
+
+
+def read_json(path: Path, key: str = "") -> dict[str, Any]:
+    """The object in a JSON file; with `key`, the object that it has under that key."""
     try:
         config = json.loads(path.read_text())
-        return config[key] if key else config
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as e:
+        config = config[key] if key else config
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: damaged or from another program ({e!r})") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds a {type(config).__name__}, wanted a JSON object")
+    return config
 
 
 def as_config(cls: type[Config], values: Mapping[str, Any], what: str = "config.json") -> Config:
-    """A config dataclass from JSON values (lists become tuples); unknown or missing keys are errors."""
+    """A config dataclass from JSON values (lists become tuples); odd or missing keys are errors."""
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if values.keys() != fields:
         odd = sorted(values.keys() ^ fields)
         raise ValueError(
             f"{what}: keys {odd} do not fit {cls.__name__}, which has {sorted(fields)}"
         )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**{k: frozen(v) for k, v in values.items()})
+
+
+def frozen(value: Any) -> Any:
+    """Lists, also nested ones, become the tuples that they were before JSON."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def save_model(
@@ -116,8 +143,8 @@ def save_model(
     os.replace(folder / ".partial.safetensors", folder / "model.safetensors")
 
 
-def load_model(model: nn.Module, folder: Path) -> nn.Module:
-    """Fill `model` from a folder that save_model wrote (kept in the model's own dtype), in eval mode."""
+def load_model(model: Model, folder: Path) -> Model:
+    """Fill `model` (which keeps its dtype) from a folder that save_model wrote; in eval mode."""
     load_strict(model, read_tensors(folder), str(folder))
     return model.eval()
 
@@ -151,13 +178,18 @@ def save_checkpoint(
     (partial / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)  # a rename is atomic: a killed run leaves no half checkpoint
-    for old in sorted(run.glob("step_*"))[:-keep]:
+    for old in steps_of(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def steps_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; a seventh digit comes after 999999."""
+    return sorted(Path(run).glob("step_*"), key=lambda path: (len(path.name), path.name))
 
 
 def load_checkpoint(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Load the newest step under `run` into the objects of `state`. Returns its meta."""
-    if not (steps := sorted(Path(run).glob("step_*"))):
+    if not (steps := steps_of(run)):
         raise FileNotFoundError(f"no step_* under {run}: nothing to resume or to sample from")
     for name, part in state.items():
         if isinstance(part, nn.Module):

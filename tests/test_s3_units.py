@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3_units import DEAD, DECAY, NAMES, TINY, S3Config, S3Units, load_public
+from s3_units import DEAD, DECAY, NAMES, TINY, S3Config, S3Units, load_public, sinusoids
 from weights import read_tensors, rename
 
 GOLDEN = Path(__file__).parent / "golden" / "cosyvoice"
@@ -60,9 +60,9 @@ def test_41_seconds_match_the_public_windows() -> None:
     assert torch.equal(model.encode(g["in.mel"][0].float()), g["out.codes"][0])
 
 
-def test_public_sizes_and_names() -> None:
-    with torch.device("meta"):
-        model = S3Units(S3Config())
+def test_public_sizes_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda w, **_: w)  # memory untouched
+    model = S3Units(S3Config())
     assert sum(p.numel() for p in model.parameters()) == 123_466_240
     assert len(model.state_dict()) == 96 + 1  # the public file lacks `usage`
     model, g = golden()
@@ -71,6 +71,12 @@ def test_public_sizes_and_names() -> None:
     del public["encoder.blocks.1.attn.out.bias"]
     with pytest.raises(ValueError, match=r"blocks\.1\.out\.bias: in the model, not in the file"):
         load_public(model, public)
+
+
+def test_positions_are_whispers_sinusoids() -> None:
+    _, g = golden()
+    expected = g["w.encoder.positional_embedding"]
+    torch.testing.assert_close(sinusoids(1500, 64), expected, rtol=0, atol=2e-4)  # angles to 1500
 
 
 @CONFIGS
@@ -277,3 +283,29 @@ def test_rejects_nothing_to_do_and_impossible_configs() -> None:
         S3Config(width=10, heads=4)
     with pytest.raises(ValueError, match="at least 1"):
         S3Config(codes=0)
+
+
+def _learn_on_rank(rank: int, file: str, h: Tensor, state: dict[str, Tensor], out: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # each rank draws its own random frames: rank 0's must win
+    model = S3Units(SMALL).train()
+    model.load_state_dict(state)
+    model.quantize(h[rank : rank + 1])
+    torch.save(model.state_dict(), f"{out}.{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_like_one(tmp_path: Path) -> None:
+    model, h = small(SMALL).train(), torch.randn(2, 60, 16)
+    model.usage.fill_(2.0)
+    model.usage[7], model.codebook[7] = DEAD, 100.0
+    args = (str(tmp_path / "init"), h, model.state_dict(), str(tmp_path / "out"))
+    torch.multiprocessing.spawn(_learn_on_rank, args, nprocs=2)
+    first, second = (torch.load(f"{args[3]}.{rank}", weights_only=True) for rank in (0, 1))
+    model.quantize(h)
+    for name in ("codebook", "usage"):
+        assert torch.equal(first[name], second[name])
+        alive = torch.arange(32) != 7
+        torch.testing.assert_close(first[name][alive], model.state_dict()[name][alive])

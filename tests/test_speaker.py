@@ -37,7 +37,7 @@ def test_voices_match_the_public_code() -> None:
 
 def test_embed_groups_lengths_and_keeps_order() -> None:
     model, g, _ = golden()
-    clips = [g["in.fbank1"], g["in.fbank0"], g["in.fbank1"].flip(0), g["in.fbank1"][:3]]
+    clips = [g["in.fbank1"] + 5, g["in.fbank0"], g["in.fbank1"].flip(0) - 3, g["in.fbank1"][:3]]
     voices = model.embed(clips, batch=2)
     assert close(voices[:1], g["out.emb1"])
     assert close(voices[1:2], g["out.emb0"])
@@ -47,8 +47,7 @@ def test_embed_groups_lengths_and_keeps_order() -> None:
 
 
 def test_public_sizes_and_names() -> None:
-    with torch.device("meta"):
-        model = CAMPlus(CAMPlusConfig())
+    model = CAMPlus(CAMPlusConfig())
     assert sum(p.numel() for p in model.parameters()) == 6_848_544
     assert len(model.state_dict()) == 937
     small, _, public = golden()
@@ -84,8 +83,8 @@ def test_short_clips_give_finite_voices() -> None:
     clip = torch.randn(5, 80)
     for n in (1, 2, 3, 4, 5):  # 3 frames are 45 ms
         assert model.embed([clip[:n]]).isfinite().all(), n
-    repeated = torch.cat([clip[:2], clip[:1]])
-    assert torch.equal(model.embed([clip[:2]]), model.embed([repeated]))
+    repeated = torch.cat([clip[:2], clip[:1]])[None]
+    assert torch.equal(model(clip[None, :2]), model(repeated))
 
 
 def test_trains_from_scratch() -> None:
