@@ -9,15 +9,16 @@ import os
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 Config = TypeVar("Config")
+Thing = TypeVar("Thing")
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,13 +29,20 @@ def flag(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
     return field(default=default, metadata=note)
 
 
+class OneLineParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As run() ends: one line and exit code 2."""
+        print(f"error: {message}; --help shows the flags", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse(
     cls: type[Config], presets: Presets, doc: str | None, argv: list[str] | None = None
 ) -> Config:
     """Later wins: field defaults, then --preset, then flags. Unknown or ill-typed flags exit 2.
 
     A field named `wav` is positional. The first preset is the default."""
-    parser = ArgumentParser(
+    parser = OneLineParser(
         description=doc,
         argument_default=SUPPRESS,
         allow_abbrev=False,
@@ -59,11 +67,21 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        first, *more = (line.strip() for line in str(e).splitlines() or [""])
+        text = "; ".join([first, *more[:3], *([f"and {len(more) - 3} more"] if more[3:] else [])])
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def positive(cfg: Any, *names: str) -> None:
+    """ValueError if one of these numbers of a script's config is below 1."""
+    for name in names:
+        if getattr(cfg, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(cfg, name)}: wanted at least 1")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -128,6 +146,17 @@ class Log:
         print(f"{self.name} {step}/{self.steps} | {text} | {clock(left)} left", flush=True)
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **plain, "seconds": round(spent, 2)}) + "\n")
+
+
+def progress(what: str, things: Sequence[Thing]) -> Iterator[Thing]:
+    """Yield them; a line every 5 s says how far and how long still."""
+    start = last = time.monotonic()
+    for i, thing in enumerate(things, 1):
+        yield thing
+        if (now := time.monotonic()) - last > 5:
+            left = (now - start) / i * (len(things) - i)
+            print(f"{what}: {i}/{len(things)} | {clock(left)} left", flush=True)
+            last = now
 
 
 def clock(seconds: float) -> str:

@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,8 +25,8 @@ from torch import Tensor
 import audio
 import synth
 import text
-from common import clock
-from tokenizer import Frontend, TokenizerBatch
+from common import progress
+from tokenizer import Frontend, SpeechTokenizer, TokenizerBatch, UnitFrontend
 
 UNK, BOS, EOS = 0, 1, 2  # of the tiny SentencePiece tokenizers
 UNIT_S = 0.04  # seconds per encoder frame and unit of the tiny system
@@ -97,23 +97,33 @@ def manifest(path: Path) -> list[Item]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
     lines = [line for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: empty; wanted one utterance a line")
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines]
+        rows = [json_row(line, f"{path}: entry {i}") for i, line in enumerate(lines, 1)]
     else:
-        header = lines[0].split("\t")
+        header = "".join(lines[:1]).split("\t")
         rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
+    if not rows:
+        raise ValueError(f"{path}: empty; wanted one utterance a line")
     items = []
-    for i, row in enumerate(rows):
-        if not row.get("audio") or not row.get("text"):
-            raise ValueError(f"{path}: entry {i + 1} has {sorted(row)}; wanted audio and text")
+    for i, row in enumerate(rows, 1):
+        if not all(row.get(name) and isinstance(row[name], str) for name in ("audio", "text")):
+            raise ValueError(f"{path}: entry {i} has {sorted(row)}; wanted audio and text")
         file = path.parent / row["audio"]
         if not file.is_file():
-            raise FileNotFoundError(f"{path}: entry {i + 1} names {file}, which does not exist")
+            raise FileNotFoundError(f"{path}: entry {i} names {file}, which does not exist")
         key = row.get("key", file.stem)
         items.append(from_file(key, row["text"].strip(), row.get("speaker", "unknown"), file))
     return items
+
+
+def json_row(line: str, what: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{what} is not a JSON object ({e})") from e
+    if not isinstance(row, dict):
+        raise ValueError(f"{what} is not a JSON object but a {type(row).__name__}")
+    return row
 
 
 def digest(items: Sequence[Item]) -> str:
@@ -157,14 +167,9 @@ def prepare(
     folder = CACHE / "features" / hashlib.sha256(tag.encode()).hexdigest()[:16]
     if not folder.exists():
         parts: dict[str, list[Tensor]] = {}
-        start = last = time.monotonic()
-        for i, item in enumerate(items):
+        for item in progress(what, items):
             for name, tensor in compute(item).items():
                 parts.setdefault(name, []).append(tensor)
-            if (now := time.monotonic()) - last > 5:
-                left = (now - start) / (i + 1) * (len(items) - i - 1)
-                print(f"{what}: {i + 1}/{len(items)} utterances | {clock(left)} left", flush=True)
-                last = now
         flat = {name: torch.cat(tensors) for name, tensors in parts.items()}
         for name, tensors in parts.items():
             flat[name + ".ends"] = torch.tensor([len(t) for t in tensors]).cumsum(0)
@@ -186,8 +191,8 @@ class Batches:
     Each epoch sorts by length with some noise, cuts batches of similar length and shuffles them."""
 
     def __init__(self, lengths: Sequence[int], size: int, seed: int, world: int = 1) -> None:
-        if not lengths:
-            raise ValueError("no utterances to train on")
+        if not lengths or size < 1:
+            raise ValueError(f"{len(lengths)} utterances in batches of {size}: nothing to train on")
         self.lengths = torch.tensor(lengths, dtype=torch.float)
         self.size, self.seed = min(size, len(lengths)), seed
         self.per_epoch = -(-len(lengths) // self.size)
@@ -211,7 +216,7 @@ def pad(tensors: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(list(tensors), True, value), lengths
 
 
-def unit_features(items: Sequence[Item], frontend: Frontend, tag: str, what: str) -> Ragged:
+def unit_features(items: Sequence[Item], frontend: UnitFrontend, tag: str, what: str) -> Ragged:
     """mel (F, M) fp16, units (U,) and voice (1, X) of all items, kept on disk; tag: see prepare."""
 
     def compute(item: Item) -> dict[str, Tensor]:
@@ -261,6 +266,36 @@ def word_spans(utterance: synth.Utterance, word_ids: Sequence[int], frames: int)
     starts = torch.tensor(utterance.starts_s)[list(word_ids), None] - UNIT_S
     ends = torch.tensor(utterance.ends_s)[list(word_ids), None] + UNIT_S
     return (centre > starts) & (centre < ends)
+
+
+@torch.no_grad()
+def unit_hits(
+    model: SpeechTokenizer, items: Sequence[Item], store: Ragged, frontend: Frontend,
+    text_only: bool, size: int = 50,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Units that are predicted right, (n,) one number per item: teacher-forced (accuracy), with
+    all history hidden (masked_accuracy), always the majority unit, and repeat the unit before,
+    which need no model; `total` units, and the sum of the teacher-forced loss (ce) in nats."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    majority = torch.cat([store.get("units", i) for i in range(len(items))]).mode().values
+    found: dict[str, list[Tensor]] = {}
+    for first in range(0, len(items), size):
+        indices = range(first, min(first + size, len(items)))
+        layers = model.config.aggregator.value_layers
+        batch = tokenizer_batch(items, store, indices, frontend, layers, device)
+        real = batch.units >= 0  # (B, U)
+        out = [model(batch, text_only, keep).units for keep in (None, torch.zeros_like(real))]
+        hits = [(o.correct[:, : real.shape[1]] & real).sum(1) for o in out]
+        repeat = ((batch.units[:, 1:] == batch.units[:, :-1]) & real[:, 1:]).sum(1)
+        odds = out[0].logits[:, :-1].log_softmax(-1).gather(2, batch.units.clamp(min=0)[..., None])
+        ce = -odds.squeeze(2).masked_fill(~real, 0).sum(1)
+        rows = (*hits, (batch.units == majority).sum(1), repeat, real.sum(1), ce)
+        names = ("accuracy", "masked_accuracy", "majority", "repeat_last", "total", "ce")
+        for name, row in zip(names, rows, strict=True):
+            found.setdefault(name, []).append(row.cpu())
+    model.train(training)
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def keep_mask(lengths: Tensor, longest: int | None = None) -> Tensor:

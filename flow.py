@@ -7,10 +7,10 @@
     units (B, U) --encoder--> (B, U, C) --project, stretch in time--> (B, M, F) --regulator--> mu
     [x, mu, voice, prompt] (B, 4M, F) --Estimator: U-Net over time, with attention--> v (B, M, F)
 
-c = mu, voice (B, M) and prompt, the first frames of a recording (P units, G frames); X = size of a
-speaker vector. [CosyVoice: Du et al. 2024, arXiv:2407.05407, sec. 2.3; Matcha-TTS, arXiv:2309.03199]
-Ours, off by default: normalised mel, prior loss |mu - x|, speaker in mu, and padding that leaves no
-trace (masked_norm with attention_bias="mask": a padded batch gives what single items give).
+c = mu, voice (B, M), prompt = the first G frames of a recording of P units; X = speaker vector.
+[CosyVoice: Du et al. 2024, arXiv:2407.05407, sec. 2.3; U-Net: Matcha-TTS, arXiv:2309.03199]
+Ours, off by default: normalised mel, prior loss |mu - x|, speaker in mu, padding without a trace
+(masked_norm with attention_bias="mask": a padded batch gives what single items give).
 """
 
 import math
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 SIGMA = 1e-6  # s above: the noise that is left at t = 1
 SAMPLE_RATE, HOP = 22050, 256  # Hz, samples per frame
 UNCONDITIONAL = 0.2  # share of training items that see no condition
-EDGE = 20  # units at either end that regulator "split" stretches by themselves
-GROUPS = 8  # of the estimator's norms
+EDGE, GROUPS = 20, 8  # units at an end that regulator "split" treats apart; of the U-Net's norms
 SILENCE = math.log(1e-5)  # floor of the log-mel; stands beyond an item's last frame
 Count = TypeVar("Count", int, Tensor)
 
@@ -60,10 +59,10 @@ class FlowConfig:
     def __post_init__(self) -> None:
         for wrong, wanted in (
             (self.width % (2 * self.heads), "width a multiple of 2 * heads"),
-            (not self.channels or any(n % GROUPS for n in self.channels), "channels in eights"),
+            (any(n < 1 or n % GROUPS for n in self.channels or [0]), f"channels in {GROUPS}s"),
             (self.regulator not in ("nearest", "linear", "split"), "nearest, linear or split"),
             (self.attention_bias not in ("add01", "mask"), "attention_bias add01 or mask"),
-            (min(self.mel_std, self.unit_rate, self.steps + 1) <= 0, "mel_std, unit_rate > 0"),
+            (self.mel_std <= 0 or self.unit_rate <= 0, "mel_std and unit_rate above 0"),
         ):
             if wrong:
                 raise ValueError(f"the flow needs {wanted}, got {self}")
@@ -74,7 +73,7 @@ class FlowConfig:
 
 
 TINY = FlowConfig(  # 25 Hz units; the second half is ours
-    units=512, width=128, blocks=3, heads=4, ffn=256, speaker=64, channels=(64, 80),
+    units=1024, width=128, blocks=3, heads=4, ffn=256, speaker=64, channels=(64, 80),
     estimator_heads=4, head_width=32, stage_blocks=1, mid_stages=2, unit_rate=25,
     regulator="linear", attention_bias="mask", masked_norm=True, dropout=0.0,
     mel_mean=-6.6, mel_std=2.8, prior_weight=1.0, speaker_in_mu=True,
@@ -111,30 +110,24 @@ class Block(nn.Module):
         self.ff1, self.ff2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         if relative:
             self.p = nn.Linear(width, inner, bias=False)
-            self.bias_u = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, inner // heads)))
-            self.bias_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, inner // heads)))
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, F, D)
+            zeros = (torch.zeros(heads, inner // heads) for _ in range(2))
+            self.bias_u, self.bias_v = map(nn.Parameter, zeros)
 
     def forward(self, x: Tensor, mask: Tensor | None, table: Tensor | None = None) -> Tensor:
         """x (B, F, C) fp32, mask as SDPA takes it, table (2F-1, C) if relative -> (B, F, C)."""
-        h = self.norm1(x)
-        q, k, v = self.split(self.q(h)), self.split(self.k(h)), self.split(self.v(h))
+        h, shape = self.norm1(x), (self.heads, -1)
+        q, k, v = (f(h).unflatten(2, shape).transpose(1, 2) for f in (self.q, self.k, self.v))
         if table is not None and mask is not None:
-            mask = self.place(q, table).masked_fill(~mask, -math.inf)
-            q = q + self.bias_u[:, None]
-        drop = self.drop.p * self.training
-        y = F.scaled_dot_product_attention(q.to(v), k, v, mask, drop)  # (B, H, F, D)
+            B, H, F_, D = q.shape
+            p = self.p(table).unflatten(1, shape).transpose(0, 1)  # (H, 2F-1, D)
+            score = F.pad((q + self.bias_v[:, None]) @ p.mT, (1, 0))  # (B, H, F, 2F)
+            score = score.view(B, H, 2 * F_, F_)[:, :, 1:]  # moves row i by F-1-i to the left
+            score = score.reshape(B, H, F_, 2 * F_ - 1)[..., :F_] / math.sqrt(D)  # (B, H, F, F)
+            mask = score.masked_fill(~mask, -math.inf).to(v)
+            q = (q + self.bias_u[:, None]).to(v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.drop.p * self.training)
         x = x + self.drop(self.out(y.transpose(1, 2).flatten(2)))  # (B, F, C)
         return x + self.drop(self.ff2(self.drop(self.act(self.ff1(self.norm2(x))))))
-
-    def place(self, q: Tensor, table: Tensor) -> Tensor:
-        """The score's term in i - j: q (B, H, F, D) -> (B, H, F, F)."""
-        B, H, F_, D = q.shape
-        y = (q + self.bias_v[:, None]) @ self.split(self.p(table)[None]).mT  # (B, H, F, 2F-1)
-        y = F.pad(y, (1, 0)).view(B, H, 2 * F_, F_)[:, :, 1:]  # moves row i by F-1-i to the left
-        return y.reshape(B, H, F_, 2 * F_ - 1)[..., :F_].to(q) / math.sqrt(D)  # (B, H, F, F)
 
 
 class UnitEncoder(nn.Module):
@@ -193,12 +186,13 @@ class ConvBlock(nn.ModuleList):
             n = real.sum(3, keepdim=True) * y.shape[2]  # (B, 1, 1, 1)
             y = (y - y.sum((2, 3), keepdim=True) / n) * real
             y = y * torch.rsqrt(y.square().sum((2, 3), keepdim=True) / n + norm.eps)
-            x = y.flatten(1, 2) * norm.weight[:, None] + norm.bias[:, None]  # (B, outputs, F)
+            weight, bias = (p[:, None] for p in norm.parameters())
+            x = y.flatten(1, 2) * weight + bias  # (B, outputs, F)
         return masked(F.mish(x), keep)
 
 
 class Stage(nn.Module):
-    """A ResNet block that hears the time, transformer blocks, and `next`, a change of frame rate."""
+    """A ResNet block that hears the time, transformer blocks, and `next`, to another frame rate."""
 
     def __init__(self, c: FlowConfig, inputs: int, width: int, next: str) -> None:
         super().__init__()
@@ -209,19 +203,17 @@ class Stage(nn.Module):
         self.skip = nn.Conv1d(inputs, width, 1)
         sizes = width, c.estimator_heads, c.estimator_heads * c.head_width, 4 * width
         self.blocks = nn.ModuleList(Block(*sizes, False, 0.0) for _ in range(c.stage_blocks))
-        step = 2 if next == "down" else 1
-        self.next = nn.Conv1d(width, width, 3, step, 1) if next else nn.Identity()
-        if next == "up":
-            self.next = nn.ConvTranspose1d(width, width, 4, 2, 1)
+        conv = nn.ConvTranspose1d if next == "up" else nn.Conv1d
+        size = {"up": (4, 2, 1), "down": (3, 2, 1)}.get(next, (3, 1, 1))
+        self.next = conv(width, width, *size) if next else nn.Identity()
 
     def forward(self, x: Tensor, keep: Tensor | None, time: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, inputs, F), keep (B, F), time (B, T) -> (B, width, F), and that after `next`."""
         h = self.conv1(x, keep) + self.time(F.mish(time))[:, :, None]
         x = (self.conv2(h, keep) + self.skip(masked(x, keep))).mT  # (B, F, width)
         mask = None if keep is None else keep[:, None, None]  # (B, 1, 1, F)
-        if mask is not None and self.add01:
-            # Quirk: 1 is added to the logits, so padding is but e times weaker [CosyVoice 2024-09]
-            mask = (mask & mask.mT).float()  # (B, 1, F, F)
+        if mask is not None and self.add01:  # Quirk: padding is but e times weaker [CosyVoice 2024]
+            mask = (mask & mask.mT).float()  # (B, 1, F, F), added to the logits
         for block in self.blocks:
             x = block(x, mask)
         return x.mT, self.next(masked(x.mT, keep))
@@ -279,8 +271,7 @@ class Flow(nn.Module):
         self, units: Tensor, unit_len: Tensor, mel_len: Tensor, speaker: Tensor,
         prompt: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """units (B, U), unit_len (B,), mel_len (B,), speaker (B, X) -> mu (B, M, F), keep (B, F).
-
+        """units (B, U), lengths (B,), speaker (B, X) -> normalised mu (B, M, F), keep (B, F).
         prompt: the (units, frames) that lead every item; given when sampling, None in training."""
         c, real, keep = self.config, up_to(unit_len), up_to(mel_len)
         x = self.project(self.encoder(units[:, : real.shape[1]], real, speaker)).mT  # (B, M, U)
@@ -300,46 +291,40 @@ class Flow(nn.Module):
         self, x: Tensor, keep: Tensor | None, mu: Tensor, t: Tensor, voice: Tensor, prompt: Tensor
     ) -> Tensor:
         """x, mu, prompt (B, M, F), keep (B, F), t (B,), voice (B, M) -> dx/dt (B, M, F)."""
-        wide = voice[:, :, None].expand(-1, -1, x.shape[2])  # (B, M, F)
-        return self.estimator(torch.cat([x, mu, wide, prompt], 1), keep, t)
+        return self.estimator(torch.cat([x, mu, voice[..., None].expand_as(x), prompt], 1), keep, t)
 
     def loss(
         self, units: Tensor, unit_len: Tensor, mel: Tensor, mel_len: Tensor, speaker: Tensor,
         prompt_len: Tensor | None = None, t: Tensor | None = None, noise: Tensor | None = None,
         cfg_keep: Tensor | None = None,
     ) -> FlowLoss:  # fmt: skip
-        """units (B, U), log-mel (B, M, F), their lengths (B,), speaker (B, X) -> three scalars.
-
-        prompt_len (B,): frames shown as prompt, 0 as a rule. Drawn unless given: t (B,) in [0, 1],
-        noise (B, M, F), cfg_keep (B,) bool, False = sees no condition. [sec. 2.3]"""
+        """units (B, U), log-mel (B, M, F), lengths (B,), speaker (B, X); the first prompt_len (B,)
+        frames are shown. Drawn if None: t (B,), noise (B, M, F), cfg_keep (B,), True = sees c."""
         mu, keep = self.mu(units, unit_len, mel_len, speaker)
         x = masked((mel[..., : mu.shape[2]] - self.config.mel_mean) / self.config.mel_std, keep)
-        if t is None:
-            t = 1 - torch.cos(torch.rand(len(x), device=x.device) * math.pi / 2)
-        if cfg_keep is None:
-            cfg_keep = torch.rand(len(x), device=x.device) > UNCONDITIONAL
         z = torch.randn_like(x) if noise is None else noise
+        draw = torch.rand(2, len(x), device=x.device)
+        t = 1 - torch.cos(draw[0] * math.pi / 2) if t is None else t
+        on = (draw[1] > UNCONDITIONAL if cfg_keep is None else cfg_keep)[:, None, None]
         shown = torch.zeros_like(mel_len) if prompt_len is None else prompt_len
         prompt = x * (torch.arange(x.shape[2], device=x.device) < shown[:, None, None])
-        on, s = cfg_keep[:, None, None], t[:, None, None]
-        y = (1 - (1 - SIGMA) * s) * z + s * x
+        u = x - (1 - SIGMA) * z  # the velocity to learn, constant along the path
+        y = z + t[:, None, None] * u
         v = self.velocity(y, keep, mu * on, t, self.voice(speaker) * on[:, 0], prompt * on)
         n = keep.sum() * x.shape[1]
-        flow = masked(v - (x - (1 - SIGMA) * z), keep).square().sum() / n
+        flow = masked(v - u, keep).square().sum() / n
         prior = (mu - x).abs().sum() / n
         return FlowLoss(flow + self.config.prior_weight * prior, flow, prior)
 
-    def integrate(
-        self, x: Tensor, keep: Tensor, c: tuple[Tensor, ...], steps: int, guidance: float
-    ) -> Tensor:
-        """Noise x (B, M, F) at t = 0, c = mu, voice, prompt -> normalised mel (B, M, F) at t = 1."""
-        B, n = len(x), 2 if guidance else 1  # with and without condition, in one batch
+    def integrate(self, x: Tensor, keep: Tensor, c: list[Tensor], steps: int, g: float) -> Tensor:
+        """Noise x (B, M, F), c = mu, voice, prompt as in velocity -> normalised mel (B, M, F)."""
+        B, n = len(x), 2 if g else 1  # with and without condition, in one batch
         mu, voice, prompt = (torch.cat([y, torch.zeros_like(y)])[: n * B] for y in c)
         twice = None if bool(keep.all()) else keep.repeat(n, 1)  # (2B, F)
         grid = 1 - torch.cos(torch.linspace(0, math.pi / 2, steps + 1, device=x.device))
-        for t, end in zip(grid, grid[1:], strict=False):
+        for t, step in zip(grid, grid.diff(), strict=False):
             v = self.velocity(x.repeat(n, 1, 1), twice, mu, t.expand(n * B), voice, prompt)
-            x = x + (end - t) * ((1 + guidance) * v[:B] - guidance * v[-B:])
+            x = x + step * ((1 + g) * v[:B] - g * v[-B:])
         return x
 
     @torch.no_grad()
@@ -350,35 +335,29 @@ class Flow(nn.Module):
         rng: torch.Generator | None = None, temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """units (B, U), unit_len (B,), speaker (B, X) -> log-mel (B, M, F), mel_len (B,).
-
         prompt: units (B, P) and log-mel (B, M, G) of a recording to go on from, not in the result.
-        noise (B, M, G + F) comes from `rng` unless given. steps=0: mu itself, needs the prior."""
+        noise (B, M, G + F) comes from `rng` (CPU) unless given. steps=0: mu itself, needs the prior."""
         c, B, mel_len = self.config, len(units), self.config.frames(unit_len)
         if int(mel_len.min()) < 1 or int(units.max()) >= c.units:
-            got = f"lengths {unit_len.tolist()}, largest unit {int(units.max())}"
-            raise ValueError(f"need lengths of 1 or more and units < {c.units}, got {got}")
+            raise ValueError(f"need units < {c.units}, lengths >= 1, got {units.max()}, {unit_len}")
         steps = c.steps if steps is None else steps
         guidance = c.guidance if guidance is None else guidance
         head, mel = prompt or (units[:, :0], speaker.new_zeros(B, c.mels, 0))
         P, G = head.shape[1], mel.shape[2]
         if noise is None:
-            shape, device = (B, c.mels, G + int(mel_len.max())), rng.device if rng else units.device
-            noise = torch.randn(shape, generator=rng, device=device).to(units.device)
-        public = c.attention_bias == "add01" or not c.masked_norm
-        if public and bool((unit_len != unit_len[0]).any()):  # Quirk: padding would be heard
+            noise = torch.randn(B, c.mels, G + int(mel_len.max()), generator=rng)
+        if B > 1 and (c.masked_norm, c.attention_bias) != (True, "mask"):  # Quirk: padding is heard
             rows, batch = [], (units, unit_len, speaker, head, mel, noise)
             for u, n, voice, h, m, z in zip(*(y.split(1) for y in batch), strict=True):
                 one = self.sample(u, n, voice, (h, m), steps, guidance, z, None, temperature)
                 rows.append(one[0][0].mT)  # (F, M)
-            return nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=SILENCE
-            ).mT, mel_len
-        both = torch.cat([head, units], 1)  # (B, P + U)
-        x, keep = self.mu(both, P + unit_len, G + mel_len, speaker, (P, G))
+            return nn.utils.rnn.pad_sequence(rows, True, SILENCE).mT, mel_len
+        units = torch.cat([head, units], 1)  # (B, P + U)
+        x, keep = self.mu(units, P + unit_len, G + mel_len, speaker, (P, G))
         if steps:
             shown = F.pad((mel - c.mel_mean) / c.mel_std, (0, x.shape[2] - G))  # (B, M, G + F)
-            given = x, self.voice(speaker), shown
-            x = self.integrate(temperature * noise[..., : x.shape[2]], keep, given, steps, guidance)
+            z = temperature * noise[..., : x.shape[2]].to(x)
+            x = self.integrate(z, keep, [x, self.voice(speaker), shown], steps, guidance)
         x = (c.mel_mean + c.mel_std * x).masked_fill(~keep[:, None], SILENCE)
         return x[..., G:], mel_len
 
@@ -419,6 +398,4 @@ if __name__ == "__main__":
     units, unit_len = torch.randint(TINY.units, (2, 75)), torch.tensor([75, 50])
     mel, mel_len = flow.sample(units, unit_len, torch.randn(2, TINY.speaker))
     count = sum(p.numel() for p in flow.parameters())
-    print(
-        f"units {(*units.shape,)} -> mel {(*mel.shape,)}, {mel_len.tolist()}; {count:,} parameters"
-    )
+    print(f"units {(*units.shape,)} -> mel {(*mel.shape,)}, {count:,} parameters")

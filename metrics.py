@@ -88,6 +88,8 @@ def f0_correlation(reference: Tensor, hypothesis: Tensor, warp: bool = True) -> 
     """F0-PCC of two waves (S,) at 16 kHz. warp=False compares frame by frame, for copies that
     should have kept the time base."""
     f0_a, f0_b = (pitch(w, WHISPER_RATE, WHISPER_HOP) for w in (reference, hypothesis))  # (F,)
+    if min(len(f0_a), len(f0_b)) < 2:
+        return math.nan  # too short for a log-mel
     if warp:
         path = dtw(mfcc(reference)[: len(f0_a)], mfcc(hypothesis)[: len(f0_b)])
         f0_a, f0_b = f0_a[path[:, 0]], f0_b[path[:, 1]]  # (P,)
@@ -96,6 +98,21 @@ def f0_correlation(reference: Tensor, hypothesis: Tensor, warp: bool = True) -> 
         f0_a, f0_b = f0_a[:n], f0_b[:n]
     both = (f0_a > 0) & (f0_b > 0)
     return correlation(f0_a[both], f0_b[both])
+
+
+def ratio_and_error(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """sum(parts) / sum(wholes) over items, and its standard error over items (linearized, so that
+    long items count for more). Items with a NaN or with nothing in `wholes` are left out."""
+    pairs = [(p, w) for p, w in zip(parts, wholes, strict=True) if w and not math.isnan(p)]
+    if not pairs:
+        return math.nan, math.nan
+    x = torch.tensor(pairs, dtype=torch.double)
+    n, total = len(x), x[:, 1].sum()
+    ratio = x[:, 0].sum() / total
+    if n < 2:
+        return float(ratio), math.nan
+    rest = (x[:, 0] - ratio * x[:, 1]).square().sum()
+    return float(ratio), float((rest * n / (n - 1)).sqrt() / total)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ know pieces of a few seconds; every piece goes through the same path and the res
 """
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ WORDS = 10  # longest piece that is spoken at once, as in the training corpus
 SILENCE_RMS = 1e-3  # of full scale
 PAUSE_S = 0.1  # between two pieces that are spoken one after the other
 TOP_K, TEMPERATURE = 25, 0.7  # of the units; the temperature was chosen on the dev split
+SAMPLING = Sampling(0.8, 0.95, 1.0, 0.5)  # of words and codes
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class Speech:
     @property
     def text(self) -> str:
         return " ".join(self.words)
+
+    def join(self, other: "Speech") -> "Speech":
+        """Both, one after the other, in the voice of the other."""
+        if self.codes is None or other.codes is None:
+            return replace(other, words=self.words + other.words, codes=None)
+        codes = torch.cat([self.codes.to(other.codes.device), other.codes])
+        return replace(other, words=self.words + other.words, codes=codes)
 
     def part(self, first: int, last: int) -> "Speech":
         codes = None if self.codes is None else self.codes[first:last]
@@ -65,7 +74,8 @@ def cut(wav: Tensor, window_s: float = WINDOW_S) -> list[Tensor]:
     """wav (S,) -> pieces of at most window_s, cut where the energy of 50 ms is lowest."""
     pieces, size, hop = [], int(window_s * RATE), RATE // 20
     while len(wav) > size:
-        second_half = wav[size // 2 : size].unfold(0, hop, hop).square().sum(-1)  # (n,)
+        last = min(size, len(wav) - size // 4)  # leaves a quarter at least
+        second_half = wav[size // 2 : last].unfold(0, hop, hop).square().sum(-1)  # (n,)
         at = size // 2 + int(second_half.argmin()) * hop + hop // 2
         pieces.append(wav[:at])
         wav = wav[at:]
@@ -80,6 +90,29 @@ def sentences(words: list[str], longest: int = WORDS) -> list[tuple[int, int]]:
             spans.append((first, i))
             first = i
     return spans
+
+
+def mels(frontend: Frontend, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """wavs (S_i,) at 16 kHz -> mel (B, M, F), keep (B, F)"""
+    device = frontend.speaker.out.weight.device
+    mel, lengths = audio.whisper_mel_batch(wavs, frontend.encoder.cfg.n_mels)
+    return mel.to(device), keep_mask(lengths).to(device)
+
+
+def transcribe(frontend: Frontend, wavs: list[Tensor], size: int = 25) -> list[str]:
+    """wavs (S_i,) at 16 kHz, any length -> texts; pieces of similar length in batches of `size`."""
+    pieces = [(len(piece), i, piece) for i, wav in enumerate(wavs) for piece in cut(wav)]
+    order = sorted(range(len(pieces)), key=lambda k: pieces[k][0])
+    said = [""] * len(pieces)
+    for first in range(0, len(order), size):
+        batch = order[first : first + size]
+        heard = frontend.transcribe(*mels(frontend, [pieces[k][2] for k in batch]))
+        for k, line in zip(batch, heard, strict=True):
+            said[k] = line
+    rows: list[list[str]] = [[] for _ in wavs]
+    for (_, i, _), line in zip(pieces, said, strict=True):
+        rows[i].append(line)
+    return [" ".join(filter(None, row)) for row in rows]
 
 
 class Pipeline:
@@ -107,16 +140,9 @@ class Pipeline:
         load_model(model, folder)
         return model.to(self.device)
 
-    def mels(self, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """-> mel (B, M, F), keep (B, F)"""
-        bins = self.frontend.encoder.cfg.n_mels
-        mel, lengths = pad([audio.whisper_mel(wav, bins).T for wav in wavs])
-        return mel.transpose(1, 2).to(self.device), keep_mask(lengths).to(self.device)
-
     def transcribe(self, wav: Tensor) -> str:
         """wav (S,) at 16 kHz, any length -> text."""
-        said = [self.frontend.transcribe(*self.mels([piece]))[0] for piece in cut(wav)]
-        return " ".join(piece for piece in said if piece)
+        return transcribe(self.frontend, [wav])[0]
 
     def voice(self, wav: Tensor) -> Tensor:
         """wav (S,) at 16 kHz -> (X,)"""
@@ -137,26 +163,27 @@ class Pipeline:
         """Split words over pieces, in proportion to the words that are recognized in each."""
         if len(pieces) == 1:
             return [words]
-        counts = torch.tensor([float(len(self.transcribe(p).split())) for p in pieces]) + 1e-3
+        said = transcribe(self.frontend, pieces)
+        counts = torch.tensor([float(len(text.split_words(t))) for t in said]) + 1e-3
         ends = (counts.cumsum(0) / counts.sum() * len(words)).round().long().tolist()
         return [words[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     @torch.inference_mode()
     def encode_piece(self, wav: Tensor, words: list[str]) -> Tensor:
         """wav (S,), its words -> codes (W, Q)"""
-        mel, keep = self.mels([wav])
+        mel, keep = mels(self.frontend, [wav])
         layers = self.tokenizer.config.aggregator.value_layers
         last, taps, frame_keep = self.frontend.hear(mel, keep, layers)
-        ids, word_ids = self.ids(words)
+        ids, word_ids = self.ids([words])
         return self.tokenizer.encode(ids, word_ids, last, taps, frame_keep)[0]
 
-    def ids(self, words: list[str]) -> tuple[Tensor, Tensor]:
-        """-> text ids (1, N), word ids (1, N)"""
-        row = text.align_words(" ".join(words), self.frontend.tokens, self.frontend.tokens)
-        return (
-            torch.tensor([row.asr_ids], device=self.device),
-            torch.tensor([row.asr_word_ids], device=self.device),
-        )
+    def ids(self, pieces: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """Words of each piece -> text ids (B, N), 0 at padding, and word ids (B, N), then -1."""
+        tokens = self.frontend.tokens
+        rows = [text.align_words(" ".join(words), tokens, tokens) for words in pieces]
+        ids, _ = pad([torch.tensor(row.asr_ids) for row in rows])
+        word_ids, _ = pad([torch.tensor(row.asr_word_ids) for row in rows], -1)
+        return ids.to(self.device), word_ids.to(self.device)
 
     def check_text(self, said: str) -> list[str]:
         """Words that the tiny tokenizers know in full, or ValueError that names one that is not."""
@@ -172,25 +199,36 @@ class Pipeline:
         return words
 
     @torch.inference_mode()
-    def units(self, speech: Speech, rng: torch.Generator | None) -> tuple[Tensor, bool]:
-        """One short piece of speech -> units (U,), and whether the decoder ended by itself."""
-        ids, word_ids = self.ids(speech.words)
-        codes = None if speech.codes is None else speech.codes[None].to(self.device)
+    def units(self, pieces: list[Speech], rng: torch.Generator | None) -> list[tuple[Tensor, bool]]:
+        """Short pieces, all with codes or all without -> for each units (U,), and whether the
+        decoder ended by itself."""
+        ids, word_ids = self.ids([piece.words for piece in pieces])
+        known = [piece.codes for piece in pieces if piece.codes is not None]
+        codes = pad(known)[0].to(self.device) if known else None  # (B, W, Q)
+        voices = torch.stack([piece.voice for piece in pieces]).to(self.device)
         units, stopped = self.tokenizer.decode(
-            ids, word_ids, codes, speech.voice[None].to(self.device),
+            ids, word_ids, codes, voices,
             top_k=TOP_K, temperature=TEMPERATURE, min_len=4, rng=rng,
         )  # fmt: skip
-        return units[0], bool(stopped[0])
+        return list(zip(units, stopped.tolist(), strict=True))
 
     def speak(self, speech: Speech, rng: torch.Generator | None = None) -> tuple[Tensor, bool]:
         """-> wav (S,) at 22.05 kHz, and whether every piece ended by itself."""
-        parts, ended = [], True
-        for first, last in sentences(speech.words):
-            units, stopped = self.units(speech.part(first, last), rng)
-            wav = self.vocoder(units, speech.voice.to(self.device), rng).cpu()
-            parts.append(F.pad(wav, (0, int(PAUSE_S * audio.VOCODER_RATE))))
-            ended &= stopped
-        return torch.cat(parts)[: -int(PAUSE_S * audio.VOCODER_RATE)], ended
+        return self.speak_all([speech], rng)[0]
+
+    def speak_all(
+        self, speeches: list[Speech], rng: torch.Generator | None = None
+    ) -> list[tuple[Tensor, bool]]:
+        """Several at once, which is faster; all with codes or all without -> for each as speak."""
+        spans = [sentences(speech.words) for speech in speeches]
+        pieces = [s.part(*span) for s, own in zip(speeches, spans, strict=True) for span in own]
+        units = iter(self.units(pieces, rng))
+        pause, out = int(PAUSE_S * audio.VOCODER_RATE), []
+        for speech, own in zip(speeches, spans, strict=True):
+            voice, said = speech.voice.to(self.device), list(islice(units, len(own)))
+            wavs = [F.pad(self.vocoder(u, voice, rng).cpu(), (0, pause)) for u, _ in said]
+            out.append((torch.cat(wavs)[:-pause], all(ended for _, ended in said)))
+        return out
 
     @torch.inference_mode()
     def reply(

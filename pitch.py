@@ -38,6 +38,8 @@ def pitch(wav: Tensor, rate: int, hop: int) -> Tensor:
     window, lags = round(WINDOW_S * rate), int(rate / LOWEST) + 2
     size = window + lags
     n = wav.shape[-1] // hop
+    if n == 0 or wav.numel() == 0:  # an FFT of no frames is an error
+        return wav.new_zeros(*wav.shape[:-1], n, dtype=torch.float)
     padded = F.pad(wav.float(), (size // 2, size))  # frame f starts size // 2 before its centre
     frames = padded.unfold(-1, size, hop)[..., :n, :]  # (..., F, size)
     frames = frames - frames.mean(-1, keepdim=True)

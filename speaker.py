@@ -39,8 +39,6 @@ class CAMPlusConfig:
     segment: int = 100  # frames after stride 2 over which the local context is averaged
 
     def __post_init__(self) -> None:
-        # config.json has lists
-        object.__setattr__(self, "blocks", tuple((n, dilation) for n, dilation in self.blocks))
         sizes = (self.dim, self.init_channels, self.growth, self.bottleneck, self.head_channels)
         if min(*sizes, self.segment, *(n for block in self.blocks for n in block)) < 1:
             raise ValueError(f"all sizes must be at least 1, got {self}")

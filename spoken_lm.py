@@ -300,6 +300,10 @@ class SpokenLM(nn.Module):
         sos = self.llm.embed(torch.full_like(plan.ids[:, :1], self.config.sos))  # (B, 1, C)
         return torch.cat([sos, self.fuse(text, audio)[:, 1:]], 1)
 
+    def hear(self, plan: Layout, codes: Tensor) -> Tensor:
+        """-> hidden (B, R, C). Causal: real rows cannot see the padding, all of which is behind."""
+        return self.llm(embeddings=self.rows(plan, codes))
+
     def forward(
         self,
         ids: Tensor,
@@ -312,7 +316,7 @@ class SpokenLM(nn.Module):
 
         reference: the text loss holds on to the untouched LM, for training."""
         plan = layout(ids, word_ids, codes, self.config.delay, faithful)
-        hidden = self.llm(embeddings=self.rows(plan, codes), keep=plan.keep)  # (B, R, C)
+        hidden = self.hear(plan, codes)  # (B, R, C)
         logits = self.llm.logits(hidden)  # (B, R, V)
         asked = plan.text_labels != IGNORE
         text = text_ce = F.cross_entropy(logits[asked].float(), plan.text_labels[asked])
@@ -338,7 +342,7 @@ class SpokenLM(nn.Module):
     def score(self, ids: Tensor, word_ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """As forward -> sums of log likelihoods per item, in nats: text (B,), codes (B,)."""
         plan = layout(ids, word_ids, codes, self.config.delay)
-        hidden = self.llm(embeddings=self.rows(plan, codes), keep=plan.keep)  # (B, R, C)
+        hidden = self.hear(plan, codes)  # (B, R, C)
         asked, said = plan.text_labels != IGNORE, plan.code_labels[..., 0] != IGNORE
         text, speech = hidden.new_zeros(2, *asked.shape, dtype=torch.float32)  # (B, R) each
         logits = self.llm.logits(hidden[asked]).float()  # (M, V)

@@ -121,13 +121,13 @@ def load(
     n_test: int = 200,
     n_test_voices: int = 200,
     seed: int = 0,
-    cache: Path | str = CACHE,
+    cache: Path | str | None = None,
 ) -> Corpus:
-    """The corpus from disk; spoken first if it is not there (the default: 6 h, about a minute).
+    """The corpus from disk (default: CACHE); spoken first if it is not there: 6 h in a minute.
 
     Raises ValueError if espeakng-loader is missing, or the files are not what was written."""
     sizes = {"train": n_train, "dev": n_dev, "test": n_test, "test_voices": n_test_voices}
-    folder = Path(cache) / "_".join(map(str, (f"v{VERSION}", *sizes.values(), seed)))
+    folder = Path(cache or CACHE) / "_".join(map(str, (f"v{VERSION}", *sizes.values(), seed)))
     if not folder.exists():
         print(f"speaking {sum(sizes.values())} utterances into {folder}", flush=True)
         _make(plan(sizes, seed), sizes, folder)

@@ -180,24 +180,57 @@ def guided_attention(maps: Tensor, spans: Tensor, keep: Tensor) -> Tensor:
 def load_tokenizer(folder: Path) -> SpeechTokenizer:
     """A tokenizer folder that train_tokenizer.py wrote, in eval mode."""
     values = read_config(folder, "tokenizer")
-    parts = {
-        "aggregator": as_config(agg.AggregatorConfig, values["aggregator"]),
-        "unit_decoder": as_config(ud.UnitDecoderConfig, values["unit_decoder"]),
-        "fsq": as_config(FSQConfig, values["fsq"]),
-        "rvq": as_config(RVQConfig, values["rvq"]),
+    classes = {
+        "aggregator": agg.AggregatorConfig,
+        "unit_decoder": ud.UnitDecoderConfig,
+        "fsq": FSQConfig,
+        "rvq": RVQConfig,
+    }
+    if missing := classes.keys() - values.keys():
+        raise ValueError(f"{folder}/config.json: lacks {sorted(missing)} of the tokenizer")
+    parts: dict[str, Any] = {
+        name: as_config(cls, values[name], str(folder)) for name, cls in classes.items()
     }
     model = SpeechTokenizer(as_config(TokenizerConfig, values | parts, str(folder)))
     load_model(model, folder)
     return model
 
 
-class Frontend(nn.Module):
-    """The frozen models that the tokenizer stands on, from a bundle folder: speech recognition
-    (its encoder feeds the aggregator), S3 units (what the unit decoder learns to say), voice."""
+class UnitFrontend(nn.Module):
+    """Two frozen models of a bundle folder that need no text: S3 units, which the unit decoder
+    learns to say, and the voice."""
 
     def __init__(self, bundle: Path) -> None:
         super().__init__()
+        s3, voice = bundle / "s3", bundle / "speaker"
+        self.s3 = s3_units.S3Units(as_config(s3_units.S3Config, read_config(s3), str(s3)))
+        load_model(self.s3, s3)
+        config = as_config(speaker.CAMPlusConfig, read_config(voice), str(voice))
+        self.speaker = load_model(speaker.CAMPlus(config), voice)
+        self.eval().requires_grad_(False)
+        files = [bundle / part / "model.safetensors" for part in ("s3", "speaker")]
+        digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+        self.digest = "-".join(d[:12] for d in digests)  # features made by other weights are stale
+
+    @torch.inference_mode()
+    def features(self, wav: Tensor) -> dict[str, Tensor]:
+        """wav (S,) at 16 kHz -> mel (F, M), units (U,), voice (1, X)."""
+        device = self.speaker.out.weight.device
+        mel = audio.whisper_mel(wav.to(device), self.s3.cfg.n_mels)  # (M, F)
+        bank = audio.kaldi_fbank(wav).to(device)
+        units = self.s3.encode(mel)
+        return {"mel": mel.T, "units": units, "voice": self.speaker((bank - bank.mean(0))[None])}
+
+
+class Frontend(UnitFrontend):
+    """All frozen models that the tokenizer stands on: also speech recognition, whose encoder feeds
+    the aggregator and whose decoder it starts from."""
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__(bundle)
         asr = read_config(bundle / "asr")
+        if missing := {"encoder", "decoder", "prefix_ids", "eos"} - asr.keys():
+            raise ValueError(f"{bundle}/asr/config.json: lacks {sorted(missing)}")
         self.encoder = whisper_enc.WhisperEncoder(
             as_config(whisper_enc.EncoderConfig, asr["encoder"])
         )
@@ -208,24 +241,7 @@ class Frontend(nn.Module):
         load_strict(pair, read_tensors(bundle / "asr"), str(bundle / "asr"))
         self.prefix, self.eos = tuple(asr["prefix_ids"]), int(asr["eos"])
         self.tokens = text.load_tokenizer(bundle / "asr" / "tokenizer.model")
-        self.s3 = s3_units.S3Units(as_config(s3_units.S3Config, read_config(bundle / "s3")))
-        load_model(self.s3, bundle / "s3")
-        voice_config = as_config(speaker.CAMPlusConfig, read_config(bundle / "speaker"))
-        self.speaker = speaker.CAMPlus(voice_config)
-        load_model(self.speaker, bundle / "speaker")
         self.eval().requires_grad_(False)
-        files = [bundle / part / "model.safetensors" for part in ("asr", "s3", "speaker")]
-        digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-        self.digest = "-".join(d[:12] for d in digests)  # features made by other weights are stale
-
-    @torch.inference_mode()
-    def features(self, wav: Tensor) -> dict[str, Tensor]:
-        """wav (S,) at 16 kHz -> mel (F, M), units (U,), voice (1, X)."""
-        device = self.speaker.out.weight.device
-        mel = audio.whisper_mel(wav.to(device), self.encoder.cfg.n_mels)  # (M, F)
-        bank = audio.kaldi_fbank(wav).to(device)
-        units = self.s3.encode(mel)
-        return {"mel": mel.T, "units": units, "voice": self.speaker((bank - bank.mean(0))[None])}
 
     @torch.inference_mode()
     def hear(

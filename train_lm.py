@@ -19,7 +19,7 @@ from torch import Tensor
 
 import synth
 import text
-from common import Log, cosine, finish, flag, parse, run, seed_step, setup
+from common import Log, cosine, finish, flag, parse, positive, run, seed_step, setup
 from data import (
     Batches,
     Item,
@@ -90,7 +90,7 @@ def load_data(cfg: Config, frontend: Frontend, tokenizer: SpeechTokenizer, split
 
 def draw(data: Data, indices: list[int], lm: text.Tokenizer, pairs: float) -> tuple[Tensor, ...]:
     """-> ids, word_ids (B, N), codes (B, W, Q); padding 0, -1, -1. `pairs`: share of items that
-    are followed by another utterance of the same voice, so that speech goes on after a full stop."""
+    another utterance of the same voice follows, so that speech goes on after a full stop."""
     ids, words, codes = [], [], []
     for i in indices:
         group, voice = [i], data.same_voice[data.items[i].speaker]
@@ -137,6 +137,7 @@ def build(cfg: Config, tokenizer: SpeechTokenizer) -> SpokenLM:
 
 
 def train(cfg: Config) -> SpokenLM:
+    positive(cfg, "utterances", "batch", "steps", "save_every", "threads")
     rank, world, device = setup(cfg.device)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank

@@ -13,7 +13,6 @@
 The tokenizer and the spoken LM on top are trained by train_tokenizer.py and train_lm.py.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from data import (
     keep_mask,
     pad,
     prepare,
+    unit_features,
     word_spans,
 )
 from flow import SILENCE, Flow
@@ -61,7 +61,8 @@ from s3_units import TINY as S3
 from s3_units import S3Units
 from speaker import TINY as SPEAKER
 from speaker import CAMPlus
-from weights import load_checkpoint, load_model, save_checkpoint, save_model, write_atomic
+from tokenizer import UnitFrontend
+from weights import load_checkpoint, save_checkpoint, save_model, write_atomic
 from whisper_dec import TINY as DECODER
 from whisper_dec import WhisperDecoder, transcribe
 from whisper_enc import TINY as ENCODER
@@ -72,7 +73,7 @@ STAGES = ("asr", "s3", "speaker", "hift", "flow", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
 ADVERSARIAL_FROM = 0.6  # share of HiFT's steps before the discriminators join
 FP16 = torch.float16  # of the files; everything computes in fp32
-STEPS = {"asr": 5000, "s3": 5000, "speaker": 500, "hift": 6000, "flow": 6000, "lm": 4000}
+STEPS = {"asr": 7000, "s3": 5000, "speaker": 500, "hift": 4500, "flow": 4500, "lm": 4000}
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def asr_batch(corpus: Corpus, indices: list[int], broken_off: float) -> tuple[Te
     broken_off: share of items that end after a random word, as spoken prompts do."""
     mels, ids, spans, phones = [], [], [], []
     for i in indices:
-        said, words = corpus.items[i].utterance, text.split_words(corpus.items[i].text)
+        said, words = corpus.items[i].truth, text.split_words(corpus.items[i].text)
         mel, phone = corpus.store.get("mel", i).float(), corpus.store.get("phones", i)[2::4].long()
         if torch.rand(()) < broken_off:
             words = words[: int(torch.randint(1, len(words) + 1, ()))]
@@ -395,10 +396,8 @@ def crop(x: Tensor, n: int) -> Tensor:
 
 def train_hift(cfg: Config, device: torch.device) -> None:
     """True F0 drives the source; STFT and mel distance first, judges for the second half."""
-    train, dev = (
-        load_corpus(cfg, "train", tokenizer(cfg, "asr")),
-        load_corpus(cfg, "dev", tokenizer(cfg, "asr")),
-    )
+    asr = tokenizer(cfg, "asr")
+    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
     opt = torch.optim.Adam(model.parameters(), betas=(0.8, 0.99))
     judge_opt = torch.optim.Adam(judges.parameters(), betas=(0.8, 0.99))
@@ -456,50 +455,43 @@ def mel_pitch(wav: Tensor) -> Tensor:
 
 def train_flow(cfg: Config, device: torch.device) -> None:
     """Units and voice vectors of the models above -> mel."""
-    train, dev = (
-        load_corpus(cfg, "train", tokenizer(cfg, "asr")),
-        load_corpus(cfg, "dev", tokenizer(cfg, "asr")),
-    )
-    s3 = load_model(S3Units(S3), cfg.out / "s3")
-    speaker = load_model(CAMPlus(SPEAKER), cfg.out / "speaker")
-    models = file_digest(cfg.out / "s3") + file_digest(cfg.out / "speaker")
+    asr = tokenizer(cfg, "asr")
+    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    frontend = UnitFrontend(cfg.out)
 
-    @torch.inference_mode()
     def compute(item: Item) -> dict[str, Tensor]:
-        wav = item.wav(audio.WHISPER_RATE)
-        return {
-            "mel": audio.vocoder_mel(item.wav(audio.VOCODER_RATE)).T.half(),
-            "units": s3.encode(audio.whisper_mel(wav)).short(),
-            "voice": speaker(fbank(wav)[None]),
-        }
+        return {"target": audio.vocoder_mel(item.wav(audio.VOCODER_RATE)).T.half()}
 
-    stores = [
-        prepare(
-            c.items, compute, f"train_tiny flow 1 {digest(c.items)} {models}", f"units of {name}"
+    def stores(corpus: Corpus, what: str) -> tuple[Ragged, Ragged]:
+        tag = digest(corpus.items)
+        return (
+            unit_features(corpus.items, frontend, tag, f"units of {what}"),
+            prepare(corpus.items, compute, f"vocoder mel 1 {tag}", f"mels of {what}"),
         )
-        for c, name in ((train, "train"), (dev, "dev"))
-    ]
+
+    train_stores, dev_stores = stores(train, "train"), stores(dev, "dev")
     model = Flow(FLOW).to(device)
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    batches = Batches(stores[0].lengths("units"), 16, cfg.seed)
+    batches = Batches(train_stores[0].lengths("units"), 16, cfg.seed)
 
-    def loss_of(store: Ragged, indices: list[int]) -> dict[str, Tensor]:
-        units, unit_len = pad([store.get("units", i).long() for i in indices])
-        mel, mel_len = pad([store.get("mel", i).float() for i in indices], SILENCE)
-        voice = torch.cat([store.get("voice", i) for i in indices])
+    def loss_of(stores: tuple[Ragged, Ragged], indices: list[int]) -> dict[str, Tensor]:
+        heard, target = stores
+        units, unit_len = pad([heard.get("units", i).long() for i in indices])
+        mel, mel_len = pad([target.get("target", i).float() for i in indices], SILENCE)
+        voice = torch.cat([heard.get("voice", i) for i in indices])
         batch = (units, unit_len, mel.transpose(1, 2), mel_len, voice)
         return model.loss(*(x.to(device) for x in batch))._asdict()
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-            losses = loss_of(stores[0], batches(step))
+            losses = loss_of(train_stores, batches(step))
         norm = descend(losses["total"], opt, cosine(step, steps, 1e-3, 200))
         return losses | {"norm": norm}
 
     @torch.no_grad()
     def check() -> dict[str, float]:
         model.eval()
-        parts = [loss_of(stores[1], part) for part in chunks(range(len(dev.items)), 25)]
+        parts = [loss_of(dev_stores, part) for part in chunks(range(len(dev.items)), 25)]
         model.train()
         return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
 
@@ -539,25 +531,15 @@ def train_lm(cfg: Config, device: torch.device) -> None:
     save_model(cfg.out / "lm", model, LM, FP16)
 
 
-def file_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
-    train = {
-        "asr": train_asr,
-        "s3": train_s3,
-        "speaker": train_speaker,
-        "hift": train_hift,
-        "flow": train_flow,
-        "lm": train_lm,
-    }
-    for name in STAGES if cfg.only == "all" else (cfg.only,):
-        torch.manual_seed(cfg.seed)
-        train[name](cfg, device)
+    trainers = train_asr, train_s3, train_speaker, train_hift, train_flow, train_lm
+    for name, train in zip(STAGES, trainers, strict=True):
+        if cfg.only in ("all", name):
+            torch.manual_seed(cfg.seed)
+            train(cfg, device)
 
 
 if __name__ == "__main__":

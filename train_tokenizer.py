@@ -18,8 +18,18 @@ from torch import Tensor
 
 import synth
 from aggregator import TINY as AGGREGATOR
-from common import Log, cosine, finish, flag, parse, run, seed_step, setup
-from data import BOS, Batches, Item, Ragged, builtin, digest, tokenizer_batch, unit_features
+from common import Log, cosine, finish, flag, parse, positive, run, seed_step, setup
+from data import (
+    BOS,
+    Batches,
+    Item,
+    Ragged,
+    builtin,
+    digest,
+    tokenizer_batch,
+    unit_features,
+    unit_hits,
+)
 from fsq import TINY as FSQ
 from rvq import TINY as RVQ
 from tokenizer import Frontend, SpeechTokenizer, TokenizerConfig, load_tokenizer
@@ -98,35 +108,17 @@ def hide_history(units: Tensor, share: float) -> Tensor | None:
     return torch.rand(units.shape, device=units.device) >= level * torch.rand_like(level)
 
 
-@torch.no_grad()
 def accuracies(
-    model: SpeechTokenizer, data: Data, frontend: Frontend, text_only: bool, size: int = 50
+    model: SpeechTokenizer, data: Data, frontend: Frontend, text_only: bool
 ) -> dict[str, float]:
-    """Unit accuracy on a split: teacher-forced, with all history hidden, and two baselines that
-    need no model: always the majority unit, and repeat the unit before."""
-    model.eval()
-    device = next(model.parameters()).device
-    hits = torch.zeros(4)
-    total, loss = 0, 0.0
-    majority = torch.cat([data.store.get("units", i) for i in range(len(data.items))]).mode().values
-    for first in range(0, len(data.items), size):
-        indices = range(first, min(first + size, len(data.items)))
-        layers = model.config.aggregator.value_layers
-        batch = tokenizer_batch(data.items, data.store, indices, frontend, layers, device)
-        real = batch.units >= 0
-        hidden = torch.zeros_like(real)
-        out = [model(batch, text_only, keep).units for keep in (None, hidden)]
-        repeat = (batch.units[:, 1:] == batch.units[:, :-1]) & real[:, 1:]
-        correct = [o.correct[:, : real.shape[1]][real].sum() for o in out]
-        hits += torch.tensor([*correct, (batch.units == majority).sum(), repeat.sum()])
-        total += int(real.sum())
-        loss += float(out[0].loss) * int(real.sum())
-    model.train()
-    names = ("accuracy", "masked_accuracy", "majority", "repeat_last")
-    return dict(zip(names, (hits / total).tolist(), strict=True)) | {"ce": loss / total}
+    """Unit accuracy on a split, and two baselines, see data.unit_hits."""
+    found = unit_hits(model, data.items, data.store, frontend, text_only)
+    total = float(found.pop("total").sum())
+    return {name: float(hits.sum()) / total for name, hits in found.items()}
 
 
 def train(cfg: Config) -> SpeechTokenizer:
+    positive(cfg, "utterances", "batch", "save_every", "threads", "fsq_channels")
     rank, world, device = setup(cfg.device)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank

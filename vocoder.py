@@ -37,10 +37,15 @@ class Vocoder(nn.Module):
 
 
 def load_vocoder(bundle: Path) -> Vocoder:
-    """bundle/flow and bundle/hift, folders of our own, in eval mode, weight norm folded."""
-    flow = Flow(as_config(FlowConfig, read_config(bundle / "flow")))
-    hift = HiFT(as_config(HiFTConfig, read_config(bundle / "hift"))).fold()
-    return Vocoder(load_model(flow, bundle / "flow"), load_model(hift, bundle / "hift")).eval()
+    """bundle/flow and bundle/hift, folders of our own, in eval mode."""
+    config = as_config(FlowConfig, read_config(bundle / "flow"), str(bundle / "flow"))
+    return Vocoder(load_model(Flow(config), bundle / "flow"), load_hift(bundle)).eval()
+
+
+def load_hift(bundle: Path) -> HiFT:
+    """bundle/hift in eval mode, weight norm folded."""
+    config = as_config(HiFTConfig, read_config(bundle / "hift"), str(bundle / "hift"))
+    return load_model(HiFT(config).fold(), bundle / "hift")
 
 
 def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
@@ -49,10 +54,12 @@ def griffin_lim(mel: Tensor, iterations: int = 32) -> Tensor:
     bank = audio.mel_filters(audio.VOCODER_RATE, audio.VOCODER_FFT, audio.VOCODER_MELS, 0.0, 8000.0)
     power = torch.linalg.lstsq(bank, mel.exp()).solution.clamp(min=0)  # (513, F) magnitudes
     window = torch.hann_window(audio.VOCODER_FFT)
-    return torchaudio.functional.griffinlim(
+    wav = torchaudio.functional.griffinlim(
         power, window, audio.VOCODER_FFT, audio.VOCODER_HOP, audio.VOCODER_FFT, power=1.0,
-        n_iter=iterations, momentum=0.99, length=mel.shape[1] * audio.VOCODER_HOP, rand_init=False,
+        n_iter=iterations, momentum=0.99, length=None, rand_init=False,
     )  # fmt: skip
+    # (256 (F - 1),): its frames are centred on 256 f, those of vocoder_mel on 256 f + 128
+    return nn.functional.pad(wav, (audio.VOCODER_HOP // 2, audio.VOCODER_HOP // 2))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def test_bad_flags_exit_2(
     with pytest.raises(SystemExit) as e:
         parse(*argv)
     assert e.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_help_names_flags_defaults_and_a_percent_sign(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,309 @@
+"""Measure every part of the system on held-out sentences, with standard errors over utterances.
+
+    python evaluate.py                     all parts; a table here and in runs/evaluate/report.md
+    python evaluate.py --only copy         one part, to runs/evaluate/copy.md
+
+    asr             original recordings, voices known and unknown
+    copy            mel of the original -> HiFT or Griffin-Lim -> wav
+    topline         S3 units of the original -> flow -> HiFT
+    reconstruction  wav + true text -> codes -> units -> flow -> HiFT, by three tokenizers
+    units           share of S3 units predicted right, voices unknown; hidden: without the history
+    continuation    three spoken words -> spoken LM -> speech
+
+WER is counted by the bundle's own recognizer: the WER of the originals is the floor. F0-PCC is that
+of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import audio
+import synth
+from common import clock, flag, parse, pick_device, positive, progress, run
+from data import Item, builtin, digest, unit_features, unit_hits
+from grammar import is_grammatical
+from metrics import edit_distance, f0_correlation, plain_words, ratio_and_error
+from pipeline import RATE, SAMPLING, Pipeline, Speech, transcribe
+from tokenizer import Frontend, load_tokenizer
+from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
+from weights import write_atomic
+
+Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
+PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation")
+TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
+PROMPT_WORDS, NEW_WORDS = 3, 4
+BATCH = 25  # utterances that are spoken at once
+SHARES = ("WER", "accuracy", "hidden", "ended", "grammatical")  # in percent
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = flag(Path("runs/evaluate"), "folder of the reports")
+    bundle: Path = flag(Path("weights/tiny"), "all models, see train_tiny.py")
+    only: str = flag("all", "which part", ("all", *PARTS))
+    items: int = flag(200, "utterances of each split, 200 at most")
+    prompts: int = flag(100, "spoken prompts that are continued")
+    seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
+    threads: int = flag(2, "CPU threads")
+    device: str = flag("auto", "auto, cpu or cuda")
+
+
+PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
+
+
+class Scores:
+    """Measures of one system, each a ratio of two sums over utterances (and seeds)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[int, tuple[float, float]]] = {}
+
+    def add(self, measure: str, i: int, part: float, whole: float = 1.0) -> None:
+        """One value of utterance i; a NaN (undefined) is left out."""
+        rows = self.sums.setdefault(measure, {})
+        old = rows.get(i, (0.0, 0.0))
+        rows[i] = old if math.isnan(part) else (old[0] + part, old[1] + whole)
+
+    def words(self, measure: str, i: int, text: str, heard: str) -> None:
+        wanted = plain_words(text)
+        self.add(measure, i, edit_distance(wanted, plain_words(heard)), len(wanted))
+
+    def figures(self) -> Figures:
+        columns = {name: zip(*rows.values(), strict=True) for name, rows in self.sums.items()}
+        return {name: ratio_and_error(*columns[name]) for name in columns}
+
+
+class System:
+    """The models and recordings, each loaded when a part first asks for it."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg, self.bundle, self.device = cfg, cfg.bundle, pick_device(cfg.device)
+
+    @cached_property
+    def frontend(self) -> Frontend:
+        return Frontend(self.bundle).to(self.device)
+
+    @cached_property
+    def vocoder(self) -> Vocoder:
+        return load_vocoder(self.bundle).to(self.device)
+
+    def items(self, split: str) -> list[Item]:
+        corpus = synth.load(n_train=1)  # the other splits do not depend on it
+        return builtin(corpus, split)[: self.cfg.items]
+
+    @cached_property
+    def test(self) -> list[Item]:
+        return self.items("test")
+
+    @cached_property
+    def originals(self) -> list[Tensor]:
+        """test at 16 kHz, (S,) each"""
+        return [item.wav(RATE) for item in self.test]
+
+    @cached_property
+    def floor(self) -> Figures:
+        return self.word_errors(self.test, self.originals)
+
+    def word_errors(self, items: list[Item], wavs: list[Tensor]) -> Figures:
+        scores = Scores()
+        for i, heard in enumerate(transcribe(self.frontend, wavs)):
+            scores.words("WER", i, items[i].text, heard)
+        return scores.figures()
+
+    def rngs(self) -> Iterator[torch.Generator]:
+        """One generator per seed; HiFT's phases come from the global one."""
+        for seed in range(self.cfg.seeds):
+            torch.manual_seed(seed)
+            yield torch.Generator(self.device).manual_seed(seed)
+
+    def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
+        """copies of test, (S,) each at 22.05 kHz: words and pitch. timed: also frame by frame."""
+        wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
+        heard = transcribe(self.frontend, wavs)
+        for i, (item, wav) in enumerate(zip(self.test, wavs, strict=True)):
+            scores.words("WER", i, item.text, heard[i])
+            scores.add("F0-PCC", i, f0_correlation(self.originals[i], wav))
+            if timed:
+                scores.add("F0-PCC frames", i, f0_correlation(self.originals[i], wav, warp=False))
+
+
+def asr(system: System) -> dict[str, Figures]:
+    items = system.items("test_voices")
+    unknown = system.word_errors(items, [item.wav(RATE) for item in items])
+    return {"known voices": system.floor, "unknown voices": unknown}
+
+
+def copy(system: System) -> dict[str, Figures]:
+    hift = load_hift(system.bundle)
+    torch.manual_seed(0)  # of HiFT's phases
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "HiFT": lambda mel: hift(mel[None])[0],
+        "Griffin-Lim, 32 iterations": griffin_lim,
+    }
+    out = {"original": system.floor}
+    for name, way in ways.items():
+        scores, copies = Scores(), []
+        for i, item in enumerate(progress(name, system.test)):
+            mel = audio.vocoder_mel(item.wav(audio.VOCODER_RATE))  # (80, F)
+            with torch.inference_mode():
+                copies.append(way(mel))
+            scores.add("mel L1", i, float((audio.vocoder_mel(copies[-1]) - mel).abs().mean()))
+        system.compare(scores, copies)
+        out[name] = scores.figures()
+    return out
+
+
+def topline(system: System) -> dict[str, Figures]:
+    """`x real time` is flow and HiFT, one utterance after the other."""
+    scores = Scores()
+    for rng in system.rngs():
+        copies = []
+        for i, wav in enumerate(progress("topline", system.originals)):
+            found = system.frontend.features(wav)
+            start = time.monotonic()
+            copies.append(system.vocoder(found["units"], found["voice"][0], rng).cpu())
+            spent, seconds = time.monotonic() - start, len(copies[-1]) / audio.VOCODER_RATE
+            scores.add("x real time", i, spent, seconds)
+        system.compare(scores, copies)
+    return {"original": system.floor, "S3 units": scores.figures()}
+
+
+def reconstruction(system: System) -> dict[str, Figures]:
+    out = {"original": system.floor}
+    for name, folder in TOKENIZERS.items():
+        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        pairs = list(zip(system.originals, system.test, strict=True))
+        speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
+        if text_only := name == "text only":
+            speeches = [replace(speech, codes=None) for speech in speeches]
+        out[name] = reconstruct(system, pipeline, speeches, name)
+        if not text_only:
+            seconds = sum(map(len, system.originals)) / RATE
+            out[name] |= bitrate(pipeline, speeches, seconds)
+    return out
+
+
+def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name: str) -> Figures:
+    scores = Scores()
+    for rng in system.rngs():
+        copies: list[Tensor] = []
+        batches = [speeches[i : i + BATCH] for i in range(0, len(speeches), BATCH)]
+        for batch in progress(f"{name}, speech in batches", batches):
+            for wav, ended in pipeline.speak_all(batch, rng):
+                i, seconds = len(copies), len(wav) / audio.VOCODER_RATE
+                scores.add("ended", i, ended)
+                scores.add("duration", i, seconds / (len(system.originals[i]) / RATE))
+                copies.append(wav)
+        system.compare(scores, copies, timed=False)
+    return scores.figures()
+
+
+def bitrate(pipeline: Pipeline, speeches: list[Speech], seconds: float) -> Figures:
+    """Bits of a word's codes: nominal, and the entropy of each channel over all words, added up.
+
+    The plug-in estimate is low by about (K - 1) / (2 ln 2 words) bit a channel."""
+    codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])  # (n, Q)
+    levels = pipeline.tokenizer.quantizer.n_codes  # type: ignore[union-attr]
+    share = torch.stack([c.bincount(minlength=levels) for c in codes.cpu().T]) / len(codes)
+    entropy = -(share * share.clamp(min=1e-9).log2()).sum(1)  # (Q,)
+    rate, nominal = len(codes) / seconds, codes.shape[1] * math.log2(levels)
+    values = {
+        "words/s": rate, "bit/word": nominal, "bit/s": rate * nominal,
+        "entropy/word": float(entropy.sum()),
+        **{f"entropy of channel {q}": float(h) for q, h in enumerate(entropy)},
+    }  # fmt: skip
+    return {name: (value, math.nan) for name, value in values.items()}
+
+
+def units(system: System) -> dict[str, Figures]:
+    items, out = system.items("test_voices"), dict[str, Figures]()
+    store = unit_features(items, system.frontend, digest(items), "units of test_voices")
+    for name, folder in progress("units", list(TOKENIZERS.items())):
+        model = load_tokenizer(system.bundle / folder).to(system.device)
+        hits = unit_hits(model, items, store, system.frontend, name == "text only")
+        total = hits.pop("total").tolist()
+        found = {k: ratio_and_error(h.tolist(), total) for k, h in hits.items()}
+        for baseline in ("majority", "repeat_last"):
+            out[baseline] = {"accuracy": found[baseline]}
+        hidden = found["masked_accuracy"]
+        out[name] = {"accuracy": found["accuracy"], "hidden": hidden, "nats/unit": found["ce"]}
+    return out
+
+
+def continuation(system: System) -> dict[str, Figures]:
+    """`x real time`: from the start of the reply to the finished wav, one after the other."""
+    path = system.bundle / TOKENIZERS["TASLA"], system.bundle / "spoken_lm"
+    pipeline = Pipeline(system.bundle, *path, device=str(system.device))
+    pairs = list(zip(system.test, system.originals, strict=True))[: system.cfg.prompts]
+    prompts = [pipeline.encode(wav, item.text).part(0, PROMPT_WORDS) for item, wav in pairs]
+    scores = Scores()
+    for rng in system.rngs():
+        whole, new = [], []
+        for i, prompt in enumerate(progress("continuation", prompts)):
+            start = time.monotonic()
+            answer, ended = pipeline.reply(prompt, NEW_WORDS, SAMPLING, prompt.voice, rng)
+            both = prompt.join(answer)
+            wav, stopped = pipeline.speak(both, rng)
+            spent, seconds = time.monotonic() - start, len(wav) / audio.VOCODER_RATE
+            scores.add("grammatical", i, is_grammatical(both.text))
+            scores.add("text ended", i, ended)
+            scores.add("speech ended", i, stopped)
+            scores.add("x real time", i, spent, seconds)
+            whole.append((both.text, wav))
+            new.append((answer.text, pipeline.speak(answer, rng)[0]))
+        for name, said in (("WER", whole), ("WER of the new words", new)):
+            wavs = [audio.resample(wav, audio.VOCODER_RATE, RATE) for _, wav in said]
+            for i, heard in enumerate(transcribe(system.frontend, wavs)):
+                scores.words(name, i, said[i][0], heard)
+    return {f"{len(prompts)} prompts of {PROMPT_WORDS} words": scores.figures()}
+
+
+def show(measure: str, value: float, error: float) -> str:
+    """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
+    scale, digits, end = 1, 2, ""
+    if any(word in measure for word in SHARES):
+        scale, digits, end = 100, 1, " %"
+    spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
+    return f"{scale * value:.{digits}f}{spread}{end}"
+
+
+def table(part: str, rows: dict[str, Figures]) -> str:
+    """One Markdown table: a row per system, a column per measure; single channels are left out."""
+    names = dict.fromkeys(m for row in rows.values() for m in row if "channel" not in m)
+    lines = [f"| {part} | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for system, row in rows.items():
+        cells = (show(m, *row[m]) if m in row else "" for m in names)
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    cfg = parse(Config, PRESETS, __doc__)
+    positive(cfg, "items", "prompts", "seeds", "threads")
+    torch.set_num_threads(cfg.threads)
+    system, report, tables = System(cfg), {}, []
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    functions = asr, copy, topline, reconstruction, units, continuation
+    measure = dict(zip(PARTS, functions, strict=True))
+    for name in PARTS if cfg.only == "all" else (cfg.only,):
+        start = time.monotonic()
+        report[name] = measure[name](system)
+        tables.append(table(name, report[name]))
+        print(f"\n{tables[-1]}\n{name} took {clock(time.monotonic() - start)}\n", flush=True)
+    name = "report" if cfg.only == "all" else cfg.only
+    values = json.dumps({"config": vars(cfg), "parts": report}, indent=1, default=str)
+    write_atomic(cfg.out / f"{name}.json", values.replace("NaN", "null").encode())
+    write_atomic(cfg.out / f"{name}.md", "\n".join(tables).encode())
+    print(f"written to {cfg.out / name}.json and .md")
+
+
+if __name__ == "__main__":
+    run(main)

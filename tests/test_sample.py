@@ -1,0 +1,440 @@
+"""sample.py and evaluate.py on untrained models: every way to call them, every bad input."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import HEARD, ROOT, speech
+from safetensors.torch import save_file
+
+import audio
+import common
+import evaluate
+import pipeline
+import sample
+from metrics import mean_and_error, ratio_and_error
+
+WAY = ("--reconstruct", "--threads", "1")  # the fastest
+
+
+@pytest.fixture
+def call(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str, str, Path]]:
+    """call(*flags) -> exit code, stdout, stderr, where the sound is; sample.py in this process."""
+
+    def run(*argv: object, bundle: Path = tiny_bundle, out: str = "out/x.wav") -> tuple:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        path = tmp_path / out
+        flags = ("--bundle", bundle, "--out", path, "--threads", 1)
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, (*flags, *argv))])
+        code = 0
+        try:
+            common.run(sample.main)
+        except SystemExit as e:
+            code = int(e.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err, path
+
+    return run
+
+
+def is_sound(path: Path) -> bool:
+    info = soundfile.info(path)
+    wav = audio.read(path, None)
+    kind = (info.samplerate, info.channels, info.subtype) == (22050, 1, "PCM_16")
+    return kind and len(wav) > 1000 and bool(wav.isfinite().all()) and float(wav.abs().max()) > 0
+
+
+def is_refused(result: tuple[int, str, str, Path], *fragments: str) -> bool:
+    """Exit code 2, one line that names the cause, no file, not even a part of one."""
+    code, _, err, path = result
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in err
+    return not path.exists() and not list((path.parent.parent / "out").iterdir())
+
+
+# --- what works ----------------------------------------------------------------------------------
+
+
+def test_from_a_recording(call: Callable, tiny_bundle: Path) -> None:
+    code, out, err, path = call(tiny_bundle / "prompt.wav", "--words", 1)
+    assert (code, err) == (0, "")
+    assert f"prompt        {HEARD}   (2.00 s)" in out
+    assert "continuation  " in out
+    assert "x real time" in out
+    assert is_sound(path)
+
+
+def test_with_its_text(call: Callable, tiny_bundle: Path) -> None:
+    code, out, _, path = call(
+        tiny_bundle / "prompt.wav", "--text", "Two dogs run.", "--words", 1, "--temperature", 0
+    )
+    assert code == 0
+    assert "prompt        two dogs run.   (2.00 s)" in out
+    assert is_sound(path)
+
+
+def test_without_a_prompt(call: Callable) -> None:
+    code, out, _, path = call("--words", 1)
+    assert code == 0
+    assert out.startswith("continuation  ")
+    assert is_sound(path)
+
+
+def test_reconstruct_needs_no_spoken_lm(call: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = copy_of(tiny_bundle, tmp_path, without="spoken_lm")
+    code, out, _, path = call(tiny_bundle / "prompt.wav", *WAY, bundle=bundle)
+    assert code == 0
+    assert "continuation" not in out
+    assert is_sound(path)
+
+
+def test_same_seed_same_bytes(call: Callable, tiny_bundle: Path) -> None:
+    made = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = (tiny_bundle / "prompt.wav", "--text", "two dogs run.", "--words", 1)
+        made.append(call(*flags, "--seed", seed, out=f"out/{name}.wav")[3].read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+def test_other_tokenizers(call: Callable, tiny_bundle: Path) -> None:
+    prompt = tiny_bundle / "prompt.wav"
+    code, _, _, path = call(prompt, *WAY, "--tokenizer", tiny_bundle / "tokenizer_rvq")
+    assert code == 0
+    assert is_sound(path)
+
+
+def write(path: Path, wav: torch.Tensor, rate: int, **kind: str) -> Path:
+    soundfile.write(path, wav.numpy(), rate, **kind)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "kind"),
+    [
+        ("a.wav", 8000, {"subtype": "PCM_16"}),
+        ("a.wav", 48000, {"subtype": "PCM_16"}),
+        ("a.wav", 44100, {"subtype": "PCM_24"}),
+        ("a.wav", 16000, {"subtype": "FLOAT"}),
+        ("a.flac", 16000, {}),
+        ("a.ogg", 16000, {}),
+        ("a.mp3", 16000, {}),
+        ("a.WAV", 16000, {}),
+    ],
+)
+def test_every_kind_of_file(
+    name: str, rate: int, kind: dict[str, str], call: Callable, tmp_path: Path
+) -> None:
+    code, out, err, path = call(write(tmp_path / name, speech(1.0, rate), rate, **kind), *WAY)
+    assert (code, err) == (0, "")
+    assert f"prompt        {HEARD}" in out
+    assert is_sound(path)
+
+
+def test_channels_are_averaged(call: Callable, tmp_path: Path) -> None:
+    wav, rest = speech(1.0), torch.randn(16000, 7) * 0.01
+    rest[:, -1] = -rest[:, :-1].sum(1)
+    many = torch.cat([wav[:, None], wav[:, None] + rest], 1)
+    one = audio.read(call(write(tmp_path / "1.wav", wav, 16000, subtype="FLOAT"), *WAY)[3])
+    eight = audio.read(call(write(tmp_path / "8.wav", many, 16000, subtype="FLOAT"), *WAY)[3])
+    torch.testing.assert_close(one, eight, atol=1e-3, rtol=0)
+
+
+def test_a_long_recording(call: Callable, tmp_path: Path) -> None:
+    code, out, err, path = call(write(tmp_path / "long.wav", speech(45.0), 16000), *WAY)
+    assert (code, err) == (0, "")
+    assert out.count(HEARD) >= 6  # pieces of at most 8 s, of which each was heard
+    assert is_sound(path)
+
+
+def test_a_long_recording_can_be_continued(call: Callable, tmp_path: Path) -> None:
+    flags = ("--words", 1, "--text", "two dogs run. a cat sleeps.")
+    assert call(write(tmp_path / "long.wav", speech(20.0), 16000), *flags)[0] == 0
+
+
+@pytest.mark.parametrize("seconds", [8.01, 9.0, 15.9, 16.1, 45.0])
+def test_cut_loses_nothing_and_leaves_no_scrap(seconds: float) -> None:
+    wav = speech(seconds)
+    pieces = pipeline.cut(wav)
+    assert torch.equal(torch.cat(pieces), wav)
+    assert all(2 * 16000 <= len(p) <= 8 * 16000 for p in pieces)
+
+
+def test_a_batch_transcribes_as_single_items(tiny_bundle: Path) -> None:
+    frontend = pipeline.Frontend(tiny_bundle)
+    wavs = [speech(s) for s in (1.0, 9.5, 0.5)]
+    heard = pipeline.transcribe(frontend, wavs, size=3)
+    assert heard == [pipeline.transcribe(frontend, [wav])[0] for wav in wavs]
+    assert heard == [HEARD, f"{HEARD} {HEARD}", HEARD]
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_two_real_processes(tiny_bundle: Path, tmp_path: Path) -> None:
+    def run(*argv: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "sample.py", "--bundle", tiny_bundle, "--threads", 1, *argv]
+        return subprocess.run(
+            [str(word) for word in command], cwd=ROOT, capture_output=True, text=True
+        )
+
+    good = run(tiny_bundle / "prompt.wav", "--words", 1, "--out", tmp_path / "x.wav")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert is_sound(tmp_path / "x.wav")
+    bad = run(tmp_path / "none.wav", "--out", tmp_path / "y.wav")
+    assert bad.returncode == 2
+    assert bad.stderr == f"error: {tmp_path}/none.wav: no such audio file\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.wav"]
+
+
+def nan_at(i: int) -> torch.Tensor:
+    wav = speech(1.0)
+    wav[i] = math.nan
+    return wav
+
+
+RECORDINGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such audio file"),
+    "folder": (lambda path: path.mkdir(), "is a folder"),
+    "not audio": (lambda path: path.write_bytes(b"hello " * 99), "not audio"),
+    "empty": (lambda path: path.write_bytes(b""), "not audio"),
+    "no samples": (lambda path: write(path, speech(0), 16000), "holds no samples"),
+    "one sample": (lambda path: write(path, torch.ones(1), 16000), "lasts 0.000 s"),
+    "short": (lambda path: write(path, speech(0.05), 16000), "lasts 0.050 s"),
+    "NaN": (lambda path: write(path, nan_at(5), 16000, subtype="FLOAT"), "NaN or infinite"),
+    "silent": (lambda path: write(path, torch.zeros(16000), 16000), "is silent"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recordings_that_cannot_be_used(name: str, call: Callable, tmp_path: Path) -> None:
+    make, message = RECORDINGS[name]
+    make(tmp_path / "in.wav")
+    assert is_refused(call(tmp_path / "in.wav", "--text", "a dog"), "in.wav", message)
+
+
+def test_the_current_folder_is_no_recording(call: Callable) -> None:
+    assert is_refused(call("."), "is a folder")
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--preset", "huge"], "--preset"),
+        (["--wordz", "3"], "--wordz"),
+        (["--words", "three"], "--words"),
+        (["--words", "0"], "--words 0"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--code-temperature", "-0.1"], "--code-temperature -0.1"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (["--threads", "0"], "--threads 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--reconstruct"], "need a recording"),
+        (["--text", "two dogs"], "need a recording"),
+    ],
+)
+def test_flags_that_cannot_be_used(argv: list[str], fragment: str, call: Callable) -> None:
+    assert is_refused(call(*argv), fragment)
+
+
+@pytest.mark.parametrize("said", ["naïve dogs", "你好", "2 dogs", "dog|cat", "   "])
+def test_text_that_the_tokenizer_lacks(said: str, call: Callable, tiny_bundle: Path) -> None:
+    assert is_refused(call(tiny_bundle / "prompt.wav", "--text", said), "--text" * (said == "   "))
+
+
+def test_text_too_long_for_the_recording(call: Callable, tiny_bundle: Path) -> None:
+    assert is_refused(call(tiny_bundle / "prompt.wav", "--text", "a dog " * 100), "shorten")
+
+
+@pytest.mark.parametrize("out", ["none/x.wav", "file/x.wav", "out/x.mp3", "out", "out/"])
+def test_places_that_cannot_be_written(out: str, call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    code, _, err, _ = call(out=out)
+    assert code == 2
+    assert err.startswith("error: --out")
+    assert err.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_where_the_file_should_go(call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "out" / "x.wav").mkdir(parents=True)
+    code, _, err, path = call("--words", 1)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert [p.name for p in path.parent.iterdir()] == ["x.wav"]
+
+
+def copy_of(bundle: Path, tmp_path: Path, without: str) -> Path:
+    """A bundle of links to the real one."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for part in bundle.iterdir():
+        if part.name != without:
+            (folder / part.name).symlink_to(part)
+    return folder
+
+
+PARTS = ("asr", "s3", "speaker", "flow", "hift", "tokenizer", "spoken_lm")
+
+
+@pytest.mark.parametrize("part", [*PARTS, "lm", "prompt.wav"])
+def test_a_bundle_without_a_part(
+    part: str, call: Callable, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = copy_of(tiny_bundle, tmp_path, without=part)
+    assert is_refused(call(bundle=bundle), str(bundle / part))
+
+
+def test_no_bundle(call: Callable, tmp_path: Path) -> None:
+    assert is_refused(call(bundle=tmp_path / "none"), "none", "config.json")
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def foreign(folder: Path) -> None:
+    save_file({f"layer.{i}": torch.zeros(2) for i in range(9)}, folder / "model.safetensors")
+
+
+def half_a_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(file.read_text()[:30])
+
+
+def other_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"hidden_size": 768}')
+
+
+DAMAGE = {f.__name__: f for f in (cut_short, foreign, half_a_config, other_config)}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_part(
+    part: str, damage: str, call: Callable, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = copy_of(tiny_bundle, tmp_path, without=part)
+    shutil.copytree(tiny_bundle / part, bundle / part)
+    DAMAGE[damage](bundle / part)
+    assert is_refused(call(bundle=bundle), str(bundle / part))
+
+
+def test_a_spoken_lm_of_another_tokenizer(call: Callable, tiny_bundle: Path) -> None:
+    assert is_refused(call("--tokenizer", tiny_bundle / "tokenizer_rvq"))
+
+
+# --- evaluate.py ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measure(
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict]:
+    def run(bundle: Path, *argv: object) -> dict:
+        flags = ("--bundle", bundle, "--out", tmp_path / "report", "--threads", 1, *argv)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+        common.run(evaluate.main)
+        (file,) = (tmp_path / "report").glob("*.json")
+        assert file.with_suffix(".md").stat().st_size
+        return json.loads(file.read_text())["parts"]
+
+    return run
+
+
+def test_evaluate_measures_every_part(
+    measure: Callable, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = measure(tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2)
+    assert list(parts) == list(evaluate.PARTS)
+    assert "| reconstruction | WER |" in capsys.readouterr().out
+    assert parts["asr"]["known voices"] == parts["copy"]["original"]
+    for row in ("TASLA", "TASTE"):
+        found = {name: value for name, (value, _) in parts["reconstruction"][row].items()}
+        assert found["bit/word"] == 36
+        assert found["bit/s"] == pytest.approx(36 * found["words/s"])
+        channels = sum(v for k, v in found.items() if "channel" in k)
+        assert found["entropy/word"] == pytest.approx(channels)
+        assert 0 < channels < 36
+    copied = parts["copy"]["Griffin-Lim, 32 iterations"]
+    assert copied["F0-PCC frames"][0] > 0.9  # it keeps pitch and time
+    assert set(parts["units"]) == {*evaluate.TOKENIZERS, "majority", "repeat_last"}
+    (row,) = parts["continuation"].values()
+    assert 0 <= row["grammatical"][0] <= 1
+    assert row["x real time"][0] > 0
+
+
+def test_evaluate_one_part_loads_only_what_it_needs(
+    measure: Callable, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for part in ("asr", "s3", "speaker"):
+        (bundle / part).symlink_to(tiny_bundle / part)
+    parts = measure(bundle, "--only", "asr", "--items", 2)
+    assert list(parts) == ["asr"]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--items", "0"], ["--only", "asr,copy"], ["--seeds", "x"], ["--bundle", "none"]]
+)
+def test_evaluate_refuses(
+    argv: list[str], measure: Callable, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        measure(tiny_bundle, *argv)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_ratio_and_error_of_equal_weights_is_the_mean() -> None:
+    values = [0.5, 0.1, math.nan, 0.7]
+    assert ratio_and_error(values, [1] * 4) == pytest.approx(mean_and_error(values))
+    assert ratio_and_error([1.0, 3.0], [2.0, 2.0]) == pytest.approx((1.0, 0.5))
+    assert all(math.isnan(x) for x in ratio_and_error([1.0], [0.0]))
+
+
+def test_error_of_a_ratio_against_many_redrawn_samples() -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(3, 11, 4000)
+    errors = rng.binomial(words, 0.2)
+    picks = rng.integers(0, 4000, (2000, 200))
+    spread = (errors[picks].sum(1) / words[picks].sum(1)).std()
+    first = ratio_and_error(errors[:200].tolist(), words[:200].tolist())[1]
+    assert first == pytest.approx(spread, rel=0.2)
+
+
+def test_scores_pool_seeds_by_utterance() -> None:
+    scores = evaluate.Scores()
+    for i, text, heard in (
+        (0, "a dog", "a dog"),
+        (1, "a cat sleeps", "a dog"),
+        (0, "a dog", "dog"),
+    ):
+        scores.words("WER", i, text, heard)
+    value, error = scores.figures()["WER"]
+    assert value == pytest.approx(3 / 7)
+    rest = (1 - 4 * 3 / 7) ** 2 + (2 - 3 * 3 / 7) ** 2
+    assert error == pytest.approx((2 * rest) ** 0.5 / 7)

@@ -1,0 +1,189 @@
+"""The training scripts, six steps on a small corpus: killed and resumed, they give the same bytes."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import script
+
+import common
+import synth
+import train_lm
+import train_tiny
+import train_tokenizer
+from tokenizer import load_tokenizer
+from weights import read_tensors
+
+SMALL = ("--utterances", 30, "--batch", 4, "--threads", 1, "--save-every", 2, "--device", "cpu")
+TOKENIZER = (*SMALL, "--text-steps", 2, "--steps", 4, "--warmup", 1)
+LM = (*SMALL, "--steps", 6, "--warmup", 1)
+SCRIPTS: dict[str, Any] = {"train_tokenizer": train_tokenizer, "train_lm": train_lm}
+
+
+def here(name: str, *argv: object) -> None:
+    """The script in this process."""
+    module = SCRIPTS[name]
+    module.train(common.parse(module.Config, module.PRESETS, "", [*map(str, argv)]))
+
+
+def equal(a: Path, b: Path) -> bool:
+    theirs, ours = (read_tensors(path / "model.safetensors") for path in (a, b))
+    same = {k: torch.equal(theirs[k], ours[k]) for k in theirs}
+    return theirs.keys() == ours.keys() and all(same.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "when"),
+    [
+        ("train_tokenizer", ("--quantizer", "fsq", *TOKENIZER), "step 5"),
+        ("train_tokenizer", ("--quantizer", "rvq", "--aggregator", "xattn", *TOKENIZER), "save 4"),
+        ("train_lm", LM, "step 5"),
+    ],
+    ids=["fsq", "rvq", "lm"],
+)
+def test_killed_and_resumed_gives_the_same_bytes(
+    name: str,
+    flags: tuple[object, ...],
+    when: str,
+    tiny_bundle: Path,
+    small_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    flags = (*flags, "--bundle", tiny_bundle)
+    if name == "train_lm":
+        flags = (*flags, "--tokenizer", tiny_bundle / "tokenizer")
+    here(name, *flags, "--out", tmp_path / "whole")
+    killed = (*flags, "--out", tmp_path / "killed")
+    when = when.replace("save 4", "save step_000004")
+    done = script(small_corpus, f"{name}.py", *killed, when=when)
+    assert done.returncode == -9, done.stderr
+    kept = sorted(p.name for p in (tmp_path / "killed").glob("step_*"))
+    assert kept == (["step_000002"] if "save" in when else ["step_000002", "step_000004"])
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    here(name, *killed, "--resume")
+    assert equal(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_each_stage_killed_and_resumed(
+    tiny_bundle: Path, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train_tiny.py, which goes on by itself; S3 units also keep a codebook that is no parameter."""
+    flags = ["--only", "s3", "--scale", "0.0012", "--save-every", "2", "--utterances", "30"]
+    flags += ["--threads", "1", "--device", "cpu"]
+    for way in ("whole", "killed"):
+        shutil.copytree(tiny_bundle / "asr", tmp_path / way / "asr")
+    ways = {w: [*flags, "--out", str(tmp_path / w), "--runs", str(tmp_path / f"{w}_runs")]
+            for w in ("whole", "killed")}  # fmt: skip
+    done = script(small_corpus, "train_tiny.py", *ways["killed"], when="step 5")
+    assert done.returncode == -9, done.stderr
+    assert not (tmp_path / "killed" / "s3").exists()
+    for way in ("whole", "killed"):
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", *ways[way]])
+        train_tiny.main()
+    assert equal(tmp_path / "whole" / "s3", tmp_path / "killed" / "s3")
+
+
+def test_what_was_trained_can_be_loaded_and_started_from(
+    tiny_bundle: Path, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*TOKENIZER, "--bundle", tiny_bundle)
+    here("train_tokenizer", *flags, "--text-only", "--out", tmp_path / "text")
+    assert "unit accuracy on held-out sentences, text-only" in capsys.readouterr().out
+    start = load_tokenizer(tmp_path / "text").unit_decoder.state_dict()
+    here("train_tokenizer", *flags, "--init", tmp_path / "text", "--out", tmp_path / "all")
+    after = load_tokenizer(tmp_path / "all").unit_decoder.state_dict()
+    assert len((tmp_path / "all" / "log.jsonl").read_text().splitlines()) == 2  # 4 steps, accuracy
+    assert all((after[k] - start[k]).abs().max() < 0.05 for k in start)  # it began there
+    here("train_lm", *LM, "--bundle", tiny_bundle, "--tokenizer", tmp_path / "all",
+         "--out", tmp_path / "lm")  # fmt: skip
+    assert "nats per code: uniform 2.079" in capsys.readouterr().out
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(
+    tiny_bundle: Path, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The one line with which a script ends."""
+
+    def run(name: str, *argv: object) -> str:
+        flags = (*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle)
+        flags = (*flags, "--out", tmp_path / "run", *argv)
+        with pytest.raises(SystemExit) as e:
+            common.run(lambda: here(name, *flags))
+        assert e.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (("--resume",), "nothing to resume"),
+        (("--batch", 0), "--batch 0"),
+        (("--utterances", 0), "--utterances 0"),
+        (("--bundle", "none"), "none/"),
+        (("--steps", "many"), "--steps"),
+        (("--device", "gpu"), "--device gpu"),
+    ],
+)
+def test_bad_flags(
+    name: str, argv: tuple[object, ...], fragment: str, refused: Callable, tiny_bundle: Path
+) -> None:
+    if name == "train_lm":
+        argv = ("--tokenizer", tiny_bundle / "tokenizer", *argv)
+    assert fragment in refused(name, *argv)
+
+
+def test_an_lm_needs_codes(refused: Callable, tmp_path: Path) -> None:
+    assert str(tmp_path) in refused("train_lm", "--tokenizer", tmp_path)
+
+
+@pytest.fixture
+def interrupted(tiny_bundle: Path, small_corpus: Path, tmp_path: Path) -> Path:
+    """The newest checkpoint of a run of two steps."""
+    flags = (*TOKENIZER, "--steps", 0, "--bundle", tiny_bundle, "--out", tmp_path / "run")
+    here("train_tokenizer", *flags)
+    return tmp_path / "run" / "step_000002"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "meta.json"])
+def test_a_damaged_checkpoint(file: str, interrupted: Path, refused: Callable) -> None:
+    data = (interrupted / file).read_bytes()
+    (interrupted / file).write_bytes(data[: len(data) // 2])
+    assert file in refused("train_tokenizer", "--resume")
+
+
+def test_a_checkpoint_of_another_model(interrupted: Path, refused: Callable) -> None:
+    assert "problems" in refused("train_tokenizer", "--resume", "--quantizer", "rvq")
+
+
+def test_without_espeak_there_is_no_corpus(
+    refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(synth, "CACHE", tmp_path / "empty")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "espeak" in name else find(name)
+    )
+    assert "pip install espeakng-loader" in refused("train_tokenizer")
+
+
+def test_without_espeak_in_a_real_process(tiny_bundle: Path, tmp_path: Path) -> None:
+    flags = (*TOKENIZER, "--bundle", tiny_bundle, "--out", tmp_path / "run")
+    done = script(tmp_path / "cache", "train_tokenizer.py", *flags, when="no espeak")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the built-in corpus needs espeak-ng")
+    assert done.stderr.count("\n") == 1
