@@ -17,7 +17,7 @@ of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -125,7 +125,7 @@ class System:
             yield torch.Generator(self.device).manual_seed(seed)
 
     def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
-        """copies of test, (S,) each at 22.05 kHz: words and pitch. timed: also frame by frame."""
+        """copies of test (S,) at 22.05 kHz: words and pitch. timed: also frame by frame."""
         wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
         heard = transcribe(self.frontend, wavs)
         for i, (item, wav) in enumerate(zip(self.test, wavs, strict=True)):
@@ -144,13 +144,10 @@ def asr(system: System) -> dict[str, Figures]:
 def copy(system: System) -> dict[str, Figures]:
     hift = load_hift(system.bundle)
     torch.manual_seed(0)  # of HiFT's phases
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "HiFT": lambda mel: hift(mel[None])[0],
-        "Griffin-Lim, 32 iterations": griffin_lim,
-    }
+    ways = {"HiFT": lambda mel: hift(mel[None])[0], "Griffin-Lim, 32 iterations": griffin_lim}
     out = {"original": system.floor}
     for name, way in ways.items():
-        scores, copies = Scores(), []
+        scores, copies = Scores(), list[Tensor]()
         for i, item in enumerate(progress(name, system.test)):
             mel = audio.vocoder_mel(item.wav(audio.VOCODER_RATE))  # (80, F)
             with torch.inference_mode():
@@ -170,8 +167,8 @@ def topline(system: System) -> dict[str, Figures]:
             found = system.frontend.features(wav)
             start = time.monotonic()
             copies.append(system.vocoder(found["units"], found["voice"][0], rng).cpu())
-            spent, seconds = time.monotonic() - start, len(copies[-1]) / audio.VOCODER_RATE
-            scores.add("x real time", i, spent, seconds)
+            spent = time.monotonic() - start
+            scores.add("x real time", i, spent, len(copies[-1]) / audio.VOCODER_RATE)
         system.compare(scores, copies)
     return {"original": system.floor, "S3 units": scores.figures()}
 
@@ -182,12 +179,11 @@ def reconstruction(system: System) -> dict[str, Figures]:
         pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
         pairs = list(zip(system.originals, system.test, strict=True))
         speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
-        if text_only := name == "text only":
+        seconds = sum(map(len, system.originals)) / RATE
+        rate = bitrate(pipeline, speeches, seconds) if name != "text only" else {}
+        if not rate:
             speeches = [replace(speech, codes=None) for speech in speeches]
-        out[name] = reconstruct(system, pipeline, speeches, name)
-        if not text_only:
-            seconds = sum(map(len, system.originals)) / RATE
-            out[name] |= bitrate(pipeline, speeches, seconds)
+        out[name] = reconstruct(system, pipeline, speeches, name) | rate
     return out
 
 
@@ -252,11 +248,11 @@ def continuation(system: System) -> dict[str, Figures]:
             answer, ended = pipeline.reply(prompt, NEW_WORDS, SAMPLING, prompt.voice, rng)
             both = prompt.join(answer)
             wav, stopped = pipeline.speak(both, rng)
-            spent, seconds = time.monotonic() - start, len(wav) / audio.VOCODER_RATE
+            spent = time.monotonic() - start
             scores.add("grammatical", i, is_grammatical(both.text))
             scores.add("text ended", i, ended)
             scores.add("speech ended", i, stopped)
-            scores.add("x real time", i, spent, seconds)
+            scores.add("x real time", i, spent, len(wav) / audio.VOCODER_RATE)
             whole.append((both.text, wav))
             new.append((answer.text, pipeline.speak(answer, rng)[0]))
         for name, said in (("WER", whole), ("WER of the new words", new)):
@@ -268,9 +264,8 @@ def continuation(system: System) -> dict[str, Figures]:
 
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    scale, digits, end = 1, 2, ""
-    if any(word in measure for word in SHARES):
-        scale, digits, end = 100, 1, " %"
+    is_share = any(word in measure for word in SHARES)
+    scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")
     spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{end}"
 

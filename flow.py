@@ -336,7 +336,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """units (B, U), unit_len (B,), speaker (B, X) -> log-mel (B, M, F), mel_len (B,).
         prompt: units (B, P) and log-mel (B, M, G) of a recording to go on from, not in the result.
-        noise (B, M, G + F) comes from `rng` (CPU) unless given. steps=0: mu itself, needs the prior."""
+        noise (B, M, G + F): drawn from `rng` (CPU) if None. steps=0: mu, which needs the prior."""
         c, B, mel_len = self.config, len(units), self.config.frames(unit_len)
         if int(mel_len.min()) < 1 or int(units.max()) >= c.units:
             raise ValueError(f"need units < {c.units}, lengths >= 1, got {units.max()}, {unit_len}")
@@ -347,10 +347,9 @@ class Flow(nn.Module):
         if noise is None:
             noise = torch.randn(B, c.mels, G + int(mel_len.max()), generator=rng)
         if B > 1 and (c.masked_norm, c.attention_bias) != (True, "mask"):  # Quirk: padding is heard
-            rows, batch = [], (units, unit_len, speaker, head, mel, noise)
+            rows, batch = [], (units, unit_len, speaker, head, mel, temperature * noise)
             for u, n, voice, h, m, z in zip(*(y.split(1) for y in batch), strict=True):
-                one = self.sample(u, n, voice, (h, m), steps, guidance, z, None, temperature)
-                rows.append(one[0][0].mT)  # (F, M)
+                rows.append(self.sample(u, n, voice, (h, m), steps, guidance, z)[0][0].mT)  # (F, M)
             return nn.utils.rnn.pad_sequence(rows, True, SILENCE).mT, mel_len
         units = torch.cat([head, units], 1)  # (B, P + U)
         x, keep = self.mu(units, P + unit_len, G + mel_len, speaker, (P, G))

@@ -5,14 +5,16 @@
     i     = clip(round((ubar + 1) / 2 * (L - 1)), 0, L-1)  the code, one small integer per channel
     q     = -1 + 2 i / (L - 1)
     z_q   = ubar + sg(q - ubar)                            value of q, gradient of ubar
-    loss  = mean over real positions and the D channels of (x - (F z_q))^2     F: linear, d -> D
+    loss  = mean over real positions and the D channels of (sg(x) - F z_q)^2   F: linear, d -> D
 
     x (B, N, D) --E--> u (B, N, d) --round--> codes (B, N, d) --> z_q (B, N, d) --F--> (B, N, D)
 
 No codebook is learned, so none can collapse. A token is d integers, never one: L^d overflows.
 [TASLA: arXiv:2510.14934, sec. 4.2 and 4.3; the idea: Mentzer et al. 2023, arXiv:2309.15505]
 The paper's loss compares "z" and "z_q"; both have to be D wide, hence the input and the output of
-this module, with gradient into both. It sums over D where we average: lambda absorbs the factor D.
+this module. Its x is a fixed target here: with gradient into x, the cheapest way to a small loss is
+an aggregator whose vectors are all the same, and training finds it. The paper sums over D where we
+average: lambda absorbs the factor D.
 """
 
 import math
@@ -108,7 +110,7 @@ class FSQ(nn.Module):
             # The paper's ubar + sg(q - ubar), summed so that its value is q to the last bit.
             z_q = self.values(codes) + (ubar - ubar.detach()) * keep
             embedding = self.decoder(z_q)  # (B, N, D)
-            error = (x - embedding).square().mean(-1) * keep[..., 0]  # (B, N)
+            error = (x.detach() - embedding).square().mean(-1) * keep[..., 0]  # (B, N)
             return Quantized(embedding, codes, error.sum() / keep.sum().clamp(min=1))
 
     @torch.no_grad()

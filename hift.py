@@ -232,6 +232,9 @@ def init_for_training(model: HiFT) -> None:
         nn.init.normal_(weight, std=(3 / weight[0].numel()) ** 0.5)  # as strong as the mel path
     nn.init.constant_(model.source.mix.weight, 0.2 / c.sine_amp)  # peaks near 1: more overtones
     nn.init.zeros_(model.source.mix.bias)
+    first = model.f0.convs[0]
+    first.weight = first.weight / MEL_SPREAD
+    first.bias.copy_(-MEL_CENTRE * first.weight.sum((1, 2)))
     nn.init.normal_(model.f0.out.weight, std=100 * (3 * c.f0_channels) ** -0.5)  # in Hz
     nn.init.constant_(model.f0.out.bias, 100.0)
 

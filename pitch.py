@@ -2,7 +2,8 @@
 
     d(t)  = sum_{j<W} (x_j - x_{j+t})^2                 difference function at lag t, by FFT
     d'(t) = d(t) t / sum_{i<=t} d(i)                    cumulative mean normalized difference
-    F0    = rate / t*,  t* = first local minimum of d' below THRESHOLD; none: unvoiced, F0 = 0
+    F0    = rate / t*,  t* = first local minimum of d' below FIRST; none: the lowest minimum, if it
+            is below VOICED; none: unvoiced, F0 = 0
 
     wav (..., S) --frames--> (..., F, W + lags) --d'--> (..., F, lags) --first dip--> f0 (..., F) Hz
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 LOWEST, HIGHEST = 60.0, 420.0  # Hz, the range that is searched
 WINDOW_S = 0.030  # seconds of signal that d(t) sums over
-THRESHOLD = 0.2  # of d', between 0 (periodic) and about 1 (noise)
+FIRST, VOICED = 0.2, 0.5  # of d', between 0 (periodic) and about 1 (noise)
 SILENCE = 1e-3  # root mean square below which a frame is unvoiced; full scale is 1
 
 
@@ -46,13 +47,14 @@ def pitch(wav: Tensor, rate: int, hop: int) -> Tensor:
     d = difference(frames, window, lags)  # (..., F, lags)
     dip = torch.zeros_like(d, dtype=torch.bool)
     dip[..., 1:-1] = (d[..., 1:-1] < d[..., :-2]) & (d[..., 1:-1] <= d[..., 2:])
-    dip &= d < THRESHOLD
     dip[..., : int(rate / HIGHEST)] = False
-    best = dip.int().argmax(-1, keepdim=True).clamp(1, lags - 2)  # (..., F, 1), the first dip
+    low = torch.where(dip, d, torch.inf)  # (..., F, lags)
+    first, lowest = (low < FIRST).int().argmax(-1), low.argmin(-1)  # (..., F) lags
+    best = torch.where((low < FIRST).any(-1), first, lowest).clamp(1, lags - 2)[..., None]
     left, mid, right = (d.gather(-1, best + i) for i in (-1, 0, 1))
     shift = 0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)  # vertex of a parabola
     f0 = rate / (best + shift.clamp(-0.5, 0.5))
-    voiced = dip.any(-1, keepdim=True) & (frames.square().mean(-1, keepdim=True).sqrt() > SILENCE)
+    voiced = (low.amin(-1, keepdim=True) < VOICED) & (frames.square().mean(-1, keepdim=True).sqrt() > SILENCE)
     return median3((f0 * voiced).squeeze(-1))  # (..., F)
 
 

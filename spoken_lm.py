@@ -109,8 +109,10 @@ def layout(
     length, words = real.sum(1, True), word_ids.amax(1, True) + 1  # (B, 1) each
     here = torch.arange(ids.shape[1] + delay + 1, device=ids.device)  # (R,)
     good = (real == (here[: -1 - delay] < length)) & ((step == 0) | (step == 1) | ~real)
-    if not good.all() or not (word_ids[:, :1] == 0).all():
-        raise ValueError(f"word_ids must count 0, 1, .. and then be {IGNORE}: {word_ids.tolist()}")
+    good = good.all(1) & (length[:, 0] > 0)  # (B,)
+    if not good.all():
+        odd = word_ids[~good][0].tolist()
+        raise ValueError(f"word_ids must count 0, 1, .. and then be {IGNORE}, got {odd}")
     if int(words.max()) > codes.shape[1]:
         raise ValueError(f"{int(words.max())} words, but codes for {codes.shape[1]} only")
     behind = here - 1 - length  # (B, R), 0 .. d-1 in the rows after the text
@@ -219,12 +221,10 @@ def check(config: SpokenLMConfig, quantizer: FSQ | RVQ, llm: Llama | None) -> No
     ours = (config.audio_dim, config.n_codebooks, config.n_codes)
     if theirs != ours:
         raise ValueError(f"(audio_dim, n_codebooks, n_codes) {ours}, the quantizer has {theirs}")
-    if config.head == "token":
-        pass
-    elif not isinstance(quantizer, RVQ):
+    if config.head != "token" and not isinstance(quantizer, RVQ):
         raise ValueError(f"head={config.head!r} needs an RVQ, got {type(quantizer).__name__}")
-    elif config.head == "latent" and config.latent_dim != quantizer.config.codebook_dim:
-        width = quantizer.config.codebook_dim
+    width = getattr(quantizer.config, "codebook_dim", None)
+    if config.head == "latent" and config.latent_dim != width:
         raise ValueError(f"latent_dim={config.latent_dim}, the code space of the RVQ has {width}")
     if llm is not None and llm.config != config.llm:
         raise ValueError(f"the given LM is {llm.config}, config.llm is {config.llm}")
@@ -262,16 +262,15 @@ class SpokenLM(nn.Module):
         super().__init__()
         check(config, quantizer, llm)
         self.config, width = config, config.llm.width
-        self.llm = Llama(config.llm) if llm is None else llm
+        self.llm = llm or Llama(config.llm)
         lora.add_lora(self.llm, TARGETS, config.lora_rank, config.lora_alpha, config.lora_dropout)
         self.quantizer = quantizer.requires_grad_(False).eval()
         self.audio = nn.Linear(config.audio_dim, width)  # W, b
         self.weights = nn.Parameter(torch.tensor([-2.0, 2.0]))  # audio, text: starts as a text LM
         self.pad_audio = nn.Parameter(torch.zeros(config.audio_dim))
         self.pad_text = nn.Parameter(torch.zeros(width))
-        self.head: LatentHead | TokenHead
         if config.head == "latent":
-            self.head = LatentHead(width, config.latent_dim)
+            self.head: LatentHead | TokenHead = LatentHead(width, config.latent_dim)
         else:
             mse = config.head == "token_mse"
             self.head = TokenHead(width, config.n_codebooks, config.n_codes, mse)
@@ -291,12 +290,11 @@ class SpokenLM(nn.Module):
     def rows(self, plan: Layout, codes: Tensor) -> Tensor:
         """codes (B, W, Q) -> what the Llama reads (B, R, C)."""
         B, A = len(codes), self.config.audio_dim
-        audio = torch.cat(
-            [self.pad_audio.expand(B, 1, A), self.quantizer.decode(codes)], 1
-        )  # (B, 1 + W, A)
+        pad, audio = self.pad_audio.expand(B, 1, A), self.quantizer.decode(codes)
+        audio = torch.cat([pad, audio], 1)  # (B, 1 + W, A)
         audio = audio.gather(1, (plan.heard + 1)[..., None].expand(-1, -1, A))  # (B, R, A)
         text = self.llm.embed(plan.ids.clamp(min=0)).float()  # (B, R, C)
-        text = torch.where((plan.ids < 0)[..., None], self.pad_text, text)
+        text = text.where((plan.ids >= 0)[..., None], self.pad_text)
         sos = self.llm.embed(torch.full_like(plan.ids[:, :1], self.config.sos))  # (B, 1, C)
         return torch.cat([sos, self.fuse(text, audio)[:, 1:]], 1)
 
@@ -312,7 +310,7 @@ class SpokenLM(nn.Module):
         reference: bool = False,
         faithful: bool = False,
     ) -> SpokenLMOutput:
-        """ids, word_ids (B, N), codes (B, W, Q), see layout() -> losses and text logits.
+        """ids, word_ids (B, N), codes (B, W, Q), faithful: see layout() -> losses and text logits.
 
         reference: the text loss holds on to the untouched LM, for training."""
         plan = layout(ids, word_ids, codes, self.config.delay, faithful)
@@ -498,21 +496,23 @@ class Prompt:
     suffix: Tensor | None = None  # (N",)
 
     def __post_init__(self) -> None:
-        spoken = self.codes is not None
-        if spoken != (self.word_ids is not None) or (spoken and self.ids is None):
-            raise ValueError("a speech prompt needs ids, word_ids and codes")
-        around = self.prefix is not None
-        if around != (self.suffix is not None) or (around and not spoken):
-            raise ValueError("prefix and suffix go together, around a speech prompt")
+        given = {name for name, x in vars(self).items() if x is not None}
+        if given & {"word_ids", "codes"} and not given >= {"ids", "word_ids", "codes"}:
+            raise ValueError(f"a speech prompt needs ids, word_ids and codes, got {sorted(given)}")
+        if given & {"prefix", "suffix"} and len(given) < 5:
+            raise ValueError(f"prefix and suffix go around a speech prompt, got {sorted(given)}")
         if self.ids is not None and not len(self.ids):
             raise ValueError("ids is empty: leave it out to start from nothing")
-        if self.word_ids is not None and int(self.word_ids[-1]) + 1 != len(self.codes):  # type: ignore[arg-type]
-            raise ValueError(f"{int(self.word_ids[-1]) + 1} words, codes {(*self.codes.shape,)}")  # type: ignore[union-attr]
+        if self.word_ids is not None and self.codes is not None:
+            words = int(self.word_ids[-1]) + 1
+            if words != len(self.codes):
+                raise ValueError(f"{words} words, but codes for {len(self.codes)}")
 
     def history(self, device: torch.device) -> list[Tensor]:
         """Codes of the words that the new ones follow, (Q,) each. Not those of a question."""
-        spoken = self.codes is not None and self.prefix is None
-        return list(self.codes.to(device)) if spoken else []  # type: ignore[union-attr]
+        if self.codes is None or self.prefix is not None:
+            return []
+        return list(self.codes.to(device))
 
 
 @dataclass
@@ -650,5 +650,4 @@ if __name__ == "__main__":
     out = model(ids, words, codes, reference=True)
     print(f"ids {(*ids.shape,)}, codes {(*codes.shape,)} -> text {(*out.text_logits.shape,)}")
     print(f"text {out.text_ce:.2f} of ln V = {math.log(320):.2f}, codes {out.code_loss:.2f} nats")
-    learned = sum(p.numel() for p in model.trainable_parameters())
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {learned} of them learn")
+    print(f"{sum(p.numel() for p in model.parameters())} parameters")

@@ -49,7 +49,7 @@ class TokenizerConfig:
     quantizer: str = "fsq"
     fsq: FSQConfig = TINY_FSQ
     rvq: RVQConfig = TINY_RVQ
-    recon_weight: float = 1.0  # lambda
+    recon_weight: float = 0.25  # lambda
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:

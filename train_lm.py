@@ -132,7 +132,7 @@ def build(cfg: Config, tokenizer: SpeechTokenizer) -> SpokenLM:
     quantizer = tokenizer.quantizer
     if quantizer is None:
         raise ValueError(f"{cfg.tokenizer} has quantizer='none': there are no codes to model")
-    shape = {"n_codebooks": quantizer.n_codebooks, "n_codes": quantizer.n_codes}
+    shape: dict[str, Any] = {"n_codebooks": quantizer.n_codebooks, "n_codes": quantizer.n_codes}
     return SpokenLM(replace(TINY, llm=llm.config, **shape), quantizer, llm)
 
 

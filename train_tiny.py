@@ -6,6 +6,7 @@
     asr      Whisper encoder + decoder        words, phones, word-aligned attention
     s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel of each unit
     speaker  CAM++                            which voice
+    f0       mel -> F0, a part of HiFT        mean error in Hz
     hift     mel -> wav                       STFT and mel losses, then discriminators
     flow     units + voice -> mel             flow matching + direct regression
     lm       Llama over text                  next token
@@ -55,25 +56,33 @@ from hift import (
 )
 from llm import TINY as LM
 from llm import Llama
-from metrics import f0_correlation, mean_and_error, wer
+from metrics import correlation, f0_correlation, mean_and_error, wer
 from pitch import pitch
 from s3_units import TINY as S3
 from s3_units import S3Units
 from speaker import TINY as SPEAKER
 from speaker import CAMPlus
 from tokenizer import UnitFrontend
-from weights import load_checkpoint, save_checkpoint, save_model, write_atomic
+from weights import load_checkpoint, load_model, save_checkpoint, save_model, write_atomic
 from whisper_dec import TINY as DECODER
 from whisper_dec import WhisperDecoder, transcribe
 from whisper_enc import TINY as ENCODER
 from whisper_enc import WhisperEncoder
 
 FRAME_S = 0.01  # seconds per mel frame
-STAGES = ("asr", "s3", "speaker", "hift", "flow", "lm")
+STAGES = ("asr", "s3", "speaker", "f0", "hift", "flow", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
 ADVERSARIAL_FROM = 0.6  # share of HiFT's steps before the discriminators join
 FP16 = torch.float16  # of the files; everything computes in fp32
-STEPS = {"asr": 7000, "s3": 5000, "speaker": 500, "hift": 4500, "flow": 4500, "lm": 4000}
+STEPS = {
+    "asr": 7000,
+    "s3": 5000,
+    "speaker": 500,
+    "f0": 2500,
+    "hift": 3500,
+    "flow": 3000,
+    "lm": 2500,
+}
 
 
 @dataclass(frozen=True)
@@ -394,29 +403,53 @@ def crop(x: Tensor, n: int) -> Tensor:
     return x[first : first + n]
 
 
+def random_wavs(corpus: Corpus, n: int, size: int) -> Tensor:
+    """(n, size) samples at 22.05 kHz from random places of random utterances."""
+    indices = torch.randint(len(corpus.items), (n,)).tolist()
+    wavs = [corpus.items[i].wav(audio.VOCODER_RATE) for i in indices]
+    return torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs])
+
+
+def train_f0(cfg: Config, device: torch.device) -> None:
+    """HiFT's F0 predictor. No gradient of the waveform reaches it, so it is trained by itself."""
+    asr = tokenizer(cfg, "asr")
+    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    model = HiFT(HIFT).f0.to(device)
+    opt = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        wav = random_wavs(train, 16, 96 * audio.VOCODER_HOP).to(device)
+        loss = (model(audio.vocoder_mel(wav)) - mel_pitch(wav)).abs().mean()  # Hz
+        norm = descend(loss / 100, opt, cosine(step, steps, 2e-3, 50))
+        return {"hz": loss, "norm": norm}
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        found = []
+        for item in dev.items[:40]:
+            wav = item.wav(audio.VOCODER_RATE)[None].to(device)
+            f0, guess = mel_pitch(wav)[0], model(audio.vocoder_mel(wav))[0]
+            found.append(correlation(f0[f0 > 0], guess[f0 > 0]))
+        return {"dev_f0": mean_and_error(found)[0]}
+
+    fit(cfg, "f0", {"model": model, "opt": opt}, update, check)
+    save_model(cfg.out / "f0", model, HIFT, FP16)
+
+
 def train_hift(cfg: Config, device: torch.device) -> None:
-    """True F0 drives the source; STFT and mel distance first, judges for the second half."""
+    """True F0 drives the source; STFT and mel distance first, then discriminators as well."""
     asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
     opt = torch.optim.Adam(model.parameters(), betas=(0.8, 0.99))
     judge_opt = torch.optim.Adam(judges.parameters(), betas=(0.8, 0.99))
-    size = 32 * audio.VOCODER_HOP
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        indices = torch.randint(len(train.items), (16,)).tolist()
-        wavs = [train.items[i].wav(audio.VOCODER_RATE) for i in indices]
-        wav = torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs])
-        wav = wav.to(device)
-        mel, f0 = audio.vocoder_mel(wav), mel_pitch(wav)  # (B, 80, F), (B, F)
-        fake = model(mel, f0=f0)
+        wav = random_wavs(train, 16, 32 * audio.VOCODER_HOP).to(device)
+        fake = model(audio.vocoder_mel(wav), f0=mel_pitch(wav))
         full = audio.vocoder_mel(torch.cat([wav, fake]), None)
-        losses = {
-            "stft": stft_loss(fake, wav),
-            "mel": (full[:16] - full[16:]).abs().mean(),
-            "f0": (model.f0(mel) - f0).abs().mean(),
-        }
-        total = losses["stft"] + losses["mel"] + 0.01 * losses["f0"]
+        losses = {"stft": stft_loss(fake, wav), "mel": (full[:16] - full[16:]).abs().mean()}
+        total = losses["stft"] + losses["mel"]
         lr = cosine(step, steps, 2.5e-3, 20, floor=0.1)
         if step > round(ADVERSARIAL_FROM * steps):
             judged = discriminator_loss(judges(wav), judges(fake.detach()))
@@ -429,20 +462,17 @@ def train_hift(cfg: Config, device: torch.device) -> None:
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        pairs = []
+        found = []
         for item in dev.items[:20]:
-            wav = item.wav(audio.VOCODER_RATE).to(device)
-            copy = model(audio.vocoder_mel(wav)[None])[0].cpu()
-            pairs.append(
-                (
-                    item.wav(audio.WHISPER_RATE),
-                    audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE),
-                )
-            )
-        return {"dev_f0": mean_and_error([f0_correlation(a, b, warp=False) for a, b in pairs])[0]}
+            wav = item.wav(audio.VOCODER_RATE)[None].to(device)
+            copy = model(audio.vocoder_mel(wav), f0=mel_pitch(wav))[0].cpu()
+            copy = audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE)
+            found.append(f0_correlation(item.wav(audio.WHISPER_RATE), copy, warp=False))
+        return {"dev_f0": mean_and_error(found)[0]}
 
     state = {"model": model, "judges": judges, "opt": opt, "judge_opt": judge_opt}
     fit(cfg, "hift", state, update, check)
+    load_model(model.f0, cfg.out / "f0")
     save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
 
 
@@ -535,7 +565,7 @@ def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
-    trainers = train_asr, train_s3, train_speaker, train_hift, train_flow, train_lm
+    trainers = train_asr, train_s3, train_speaker, train_f0, train_hift, train_flow, train_lm
     for name, train in zip(STAGES, trainers, strict=True):
         if cfg.only in ("all", name):
             torch.manual_seed(cfg.seed)

@@ -54,7 +54,7 @@ class Config:
     batch: int = flag(16, "utterances per step")
     lr: float = flag(1.5e-3, "peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, in each of the two phases")
-    history_dropout: float = flag(0.5, "share of unit history hidden in half of the steps")
+    history_dropout: float = flag(0.5, "share of utterances whose unit history is partly hidden")
     guide: bool = flag(True, "attend to the spoken word; needs word times")
     seed: int = flag(0, "weights, batches and dropout follow from (seed, step)")
     save_every: int = flag(200, "steps between two checkpoints")
@@ -75,7 +75,7 @@ def build(cfg: Config, frontend: Frontend) -> SpeechTokenizer:
         aggregator = replace(AGGREGATOR, value_layers=(TASTE_LAYER,), mlda=False)
     config = TokenizerConfig(
         replace(aggregator, prefix_ids=(BOS,)),
-        UNIT_DECODER,
+        replace(UNIT_DECODER, dropout=0.0),
         cfg.quantizer,
         replace(FSQ, d=cfg.fsq_channels),
         replace(RVQ, codebook_size=512),
@@ -101,11 +101,13 @@ def load_data(cfg: Config, frontend: Frontend, split: str) -> Data:
 
 
 def hide_history(units: Tensor, share: float) -> Tensor | None:
-    """units (B, U) -> history_keep (B, U): in half of the items a random share is hidden."""
+    """units (B, U) -> history_keep (B, U): a `share` of the items loses some of its history, from
+    nothing to all of it (one in five of those items), so that text and codes have to tell."""
     if share == 0:
         return None
-    level = share * (torch.rand(len(units), 1, device=units.device) < 0.5) * 2
-    return torch.rand(units.shape, device=units.device) >= level * torch.rand_like(level)
+    lost = 1.25 * torch.rand(len(units), 1, device=units.device)
+    lost *= torch.rand_like(lost) < share  # (B, 1)
+    return torch.rand(units.shape, device=units.device) >= lost
 
 
 def accuracies(

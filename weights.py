@@ -196,5 +196,9 @@ def load_checkpoint(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
             load_strict(part, read_tensors(steps[-1] / f"{name}.safetensors"), str(steps[-1]))
         else:
             file = steps[-1] / f"{name}.pt"
-            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return json.loads((steps[-1] / "meta.json").read_text())
+            try:
+                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            except DAMAGED as e:
+                reason = (str(e).splitlines() or [""])[0]
+                raise ValueError(f"{file}: damaged, or of another model ({reason})") from e
+    return read_json(steps[-1] / "meta.json")

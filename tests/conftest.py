@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def speech(seconds: float, rate: int = audio.WHISPER_RATE) -> torch.Tensor:
     return 0.2 * buzz * (0.6 + 0.4 * torch.sin(8 * math.pi * t))
 
 
-SIZES = {"n_dev": 6, "n_test": 6, "n_test_voices": 6}  # of the corpus in tests of scripts
+SIZES: dict[str, Any] = {"n_dev": 6, "n_test": 6, "n_test_voices": 6}  # of the small corpus
 WRAPPER = """
 import functools, importlib.util, os, runpy, signal, sys
 from pathlib import Path

@@ -189,7 +189,7 @@ def librispeech(root: Path, suffix: str = ".flac") -> None:
         lines = [f"{chapter}-{i:04d} {text}" for i, text in enumerate(texts)]
         for i in range(len(texts)):
             write_wav(folder / f"{chapter}-{i:04d}{suffix}", 0.1 * (i + 1))
-        (folder / f"{chapter}.trans.txt").write_text("\n".join(lines) + "\n\n")
+        (folder / f"{chapter}.trans.txt").write_text("\n".join(lines) + "\n \n")
 
 
 @pytest.mark.parametrize("suffix", [".flac", ".wav"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,27 @@ def test_a_batch_transcribes_as_single_items(tiny_bundle: Path) -> None:
     heard = pipeline.transcribe(frontend, wavs, size=3)
     assert heard == [pipeline.transcribe(frontend, [wav])[0] for wav in wavs]
     assert heard == [HEARD, f"{HEARD} {HEARD}", HEARD]
+
+
+def test_a_batch_says_what_single_items_say(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "TOP_K", 1)  # no chance
+    system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer")
+    decoder = system.tokenizer.unit_decoder
+    decoder.head.bias.data[-1] = -1  # a model that does not stop at once
+    decoder.text_embed.weight.data *= 100  # and that cares what it says
+    decoder.text_out.weight.data *= 100
+    texts = ("two dogs run.", "the child sees a big red ball.", "a cat sleeps.")
+    pieces = [system.encode(speech(s), t) for s, t in zip((1.0, 2.5, 0.5), texts, strict=True)]
+    limit = partial(system.tokenizer.decode, max_len=12)
+    monkeypatch.setattr(system.tokenizer, "decode", limit)
+    together = system.units(pieces, None)
+    for piece, (units, ended) in zip(pieces, together, strict=True):
+        ((alone, alone_ended),) = system.units([piece], None)
+        assert units.tolist() == alone.tolist()
+        assert ended == alone_ended
+    assert len({tuple(units.tolist()) for units, _ in together}) == 3
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The training scripts, six steps on a small corpus: killed and resumed, they give the same bytes."""
+"""The training scripts, six steps each on a small corpus: killed and resumed, the same bytes."""
 
 import importlib.util
 import shutil
@@ -72,7 +72,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
 def test_each_stage_killed_and_resumed(
     tiny_bundle: Path, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """train_tiny.py, which goes on by itself; S3 units also keep a codebook that is no parameter."""
+    """train_tiny.py, which goes on by itself. S3 units keep a codebook that is no parameter."""
     flags = ["--only", "s3", "--scale", "0.0012", "--save-every", "2", "--utterances", "30"]
     flags += ["--threads", "1", "--device", "cpu"]
     for way in ("whole", "killed"):
