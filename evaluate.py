@@ -16,6 +16,7 @@ of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,9 +41,7 @@ from weights import write_atomic
 Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
 PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation")
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
-PROMPT_WORDS, NEW_WORDS = 3, 4
-BATCH = 25  # utterances that are spoken at once
-SHARES = ("WER", "accuracy", "hidden", "ended", "grammatical")  # in percent
+PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Scores:
         rows[i] = old if math.isnan(part) else (old[0] + part, old[1] + whole)
 
     def words(self, measure: str, i: int, text: str, heard: str) -> None:
-        wanted = plain_words(text)
-        self.add(measure, i, edit_distance(wanted, plain_words(heard)), len(wanted))
+        wanted, got = plain_words(text), plain_words(heard)
+        self.add(measure, i, edit_distance(wanted, got), len(wanted))
 
     def figures(self) -> Figures:
         columns = {name: zip(*rows.values(), strict=True) for name, rows in self.sums.items()}
@@ -127,18 +126,17 @@ class System:
     def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
         """copies of test (S,) at 22.05 kHz: words and pitch. timed: also frame by frame."""
         wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
-        heard = transcribe(self.frontend, wavs)
-        for i, (item, wav) in enumerate(zip(self.test, wavs, strict=True)):
-            scores.words("WER", i, item.text, heard[i])
+        for i, (wav, heard) in enumerate(zip(wavs, transcribe(self.frontend, wavs), strict=True)):
+            scores.words("WER", i, self.test[i].text, heard)
             scores.add("F0-PCC", i, f0_correlation(self.originals[i], wav))
             if timed:
                 scores.add("F0-PCC frames", i, f0_correlation(self.originals[i], wav, warp=False))
 
 
 def asr(system: System) -> dict[str, Figures]:
-    items = system.items("test_voices")
-    unknown = system.word_errors(items, [item.wav(RATE) for item in items])
-    return {"known voices": system.floor, "unknown voices": unknown}
+    unknown = system.items("test_voices")
+    errors = system.word_errors(unknown, [item.wav(RATE) for item in unknown])
+    return {"known voices": system.floor, "unknown voices": errors}
 
 
 def copy(system: System) -> dict[str, Figures]:
@@ -191,9 +189,8 @@ def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name
     scores = Scores()
     for rng in system.rngs():
         copies: list[Tensor] = []
-        batches = [speeches[i : i + BATCH] for i in range(0, len(speeches), BATCH)]
-        for batch in progress(f"{name}, speech in batches", batches):
-            for wav, ended in pipeline.speak_all(batch, rng):
+        for first in progress(f"{name}, speech in batches", range(0, len(speeches), BATCH)):
+            for wav, ended in pipeline.speak_all(speeches[first : first + BATCH], rng):
                 i, seconds = len(copies), len(wav) / audio.VOCODER_RATE
                 scores.add("ended", i, ended)
                 scores.add("duration", i, seconds / (len(system.originals[i]) / RATE))
@@ -227,8 +224,7 @@ def units(system: System) -> dict[str, Figures]:
         hits = unit_hits(model, items, store, system.frontend, name == "text only")
         total = hits.pop("total").tolist()
         found = {k: ratio_and_error(h.tolist(), total) for k, h in hits.items()}
-        for baseline in ("majority", "repeat_last"):
-            out[baseline] = {"accuracy": found[baseline]}
+        out |= {name: {"accuracy": found[name]} for name in ("majority", "repeat_last")}
         hidden = found["masked_accuracy"]
         out[name] = {"accuracy": found["accuracy"], "hidden": hidden, "nats/unit": found["ce"]}
     return out
@@ -264,7 +260,7 @@ def continuation(system: System) -> dict[str, Figures]:
 
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    is_share = any(word in measure for word in SHARES)
+    is_share = re.search("WER|accuracy|hidden|ended|grammatical", measure)
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")
     spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{end}"
@@ -284,19 +280,19 @@ def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     positive(cfg, "items", "prompts", "seeds", "threads")
     torch.set_num_threads(cfg.threads)
-    system, report, tables = System(cfg), {}, []
+    system, report = System(cfg), dict[str, dict[str, Figures]]()
     cfg.out.mkdir(parents=True, exist_ok=True)
-    functions = asr, copy, topline, reconstruction, units, continuation
-    measure = dict(zip(PARTS, functions, strict=True))
+    measure = {f.__name__: f for f in (asr, copy, topline, reconstruction, units, continuation)}
     for name in PARTS if cfg.only == "all" else (cfg.only,):
         start = time.monotonic()
         report[name] = measure[name](system)
-        tables.append(table(name, report[name]))
-        print(f"\n{tables[-1]}\n{name} took {clock(time.monotonic() - start)}\n", flush=True)
+        spent = clock(time.monotonic() - start)
+        print(f"\n{table(name, report[name])}\n{name} took {spent}\n", flush=True)
     name = "report" if cfg.only == "all" else cfg.only
     values = json.dumps({"config": vars(cfg), "parts": report}, indent=1, default=str)
     write_atomic(cfg.out / f"{name}.json", values.replace("NaN", "null").encode())
-    write_atomic(cfg.out / f"{name}.md", "\n".join(tables).encode())
+    tables = "\n".join(table(part, rows) for part, rows in report.items())
+    write_atomic(cfg.out / f"{name}.md", tables.encode())
     print(f"written to {cfg.out / name}.json and .md")
 
 

@@ -73,7 +73,7 @@ class HiFTConfig:
         return math.prod(self.upsample) * self.hop
 
 
-TINY = HiFTConfig(channels=64, f0_channels=64)
+TINY = HiFTConfig(channels=64, f0_channels=128)
 
 
 class F0Predictor(nn.Module):
@@ -232,10 +232,13 @@ def init_for_training(model: HiFT) -> None:
         nn.init.normal_(weight, std=(3 / weight[0].numel()) ** 0.5)  # as strong as the mel path
     nn.init.constant_(model.source.mix.weight, 0.2 / c.sine_amp)  # peaks near 1: more overtones
     nn.init.zeros_(model.source.mix.bias)
-    first = model.f0.convs[0]
-    first.weight = first.weight / MEL_SPREAD
-    first.bias.copy_(-MEL_CENTRE * first.weight.sum((1, 2)))
-    nn.init.normal_(model.f0.out.weight, std=100 * (3 * c.f0_channels) ** -0.5)  # in Hz
+    convs = [m for m in model.f0.convs if isinstance(m, nn.Conv1d)]
+    for i, conv in enumerate(convs):  # keep the variance: torch's start loses it in five layers
+        spread = MEL_SPREAD if i == 0 else 1.0
+        conv.weight = torch.randn_like(conv.weight) * (1.5 / conv.weight[0].numel()) ** 0.5 / spread
+        nn.init.zeros_(conv.bias)
+    convs[0].bias.copy_(-MEL_CENTRE * convs[0].weight.sum((1, 2)))
+    nn.init.normal_(model.f0.out.weight, std=50 * c.f0_channels**-0.5)  # in Hz
     nn.init.constant_(model.f0.out.bias, 100.0)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import audio
 import text
+from continuation import Prompt, Sampling, VocabularySets, generate
 from data import keep_mask, pad
 from llm import LlamaConfig
-from spoken_lm import Prompt, Sampling, SpokenLM, SpokenLMConfig, VocabularySets, generate
+from spoken_lm import SpokenLM, SpokenLMConfig
 from tokenizer import Frontend, load_tokenizer
 from vocoder import load_vocoder
 from weights import as_config, load_model, read_config

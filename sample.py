@@ -20,8 +20,8 @@ from torch import Tensor
 
 import audio
 from common import flag, parse, pick_device, positive, run
+from continuation import Sampling
 from pipeline import RATE, SAMPLING, Pipeline, Speech, check_wav
-from spoken_lm import Sampling
 
 ROOT = Path(__file__).parent
 

@@ -79,7 +79,7 @@ STEPS = {
     "s3": 5000,
     "speaker": 500,
     "f0": 2500,
-    "hift": 3500,
+    "hift": 2600,
     "flow": 3000,
     "lm": 2500,
 }
@@ -171,7 +171,7 @@ def descend(loss: Tensor, opt: torch.optim.Optimizer, lr: float, clip: float = 1
     """One optimizer step at `lr`; returns the gradient norm. A non-finite loss is an error."""
     parameters = [p for group in opt.param_groups for p in group["params"]]
     for group in opt.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1)
     opt.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
@@ -410,27 +410,44 @@ def random_wavs(corpus: Corpus, n: int, size: int) -> Tensor:
     return torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs])
 
 
+def vocoder_features(corpus: Corpus) -> Ragged:
+    """mel (F, 80) fp16 and f0 (F,) Hz of all utterances at the vocoder's frame rate."""
+
+    def compute(item: Item) -> dict[str, Tensor]:
+        wav = item.wav(audio.VOCODER_RATE)
+        return {"mel": audio.vocoder_mel(wav).T.half(), "f0": mel_pitch(wav[None])[0].half()}
+
+    tag = f"vocoder 1 {digest(corpus.items)}"
+    return prepare(corpus.items, compute, tag, f"vocoder features of {corpus.items[0].key[:-6]}")
+
+
 def train_f0(cfg: Config, device: torch.device) -> None:
     """HiFT's F0 predictor. No gradient of the waveform reaches it, so it is trained by itself."""
     asr = tokenizer(cfg, "asr")
-    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    train, dev = (vocoder_features(load_corpus(cfg, split, asr)) for split in ("train", "dev"))
     model = HiFT(HIFT).f0.to(device)
-    opt = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    out = {"params": model.out.parameters(), "scale": 50}  # its weights are as large as its Hz
+    opt = torch.optim.Adam([{"params": model.convs.parameters()}, out], betas=(0.9, 0.99))
+    batches = Batches(train.lengths("f0"), 16, cfg.seed)
+
+    def guess(store: Ragged, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """-> predicted, true F0 (B, F), true -1 at padding"""
+        mel = pad([store.get("mel", i).float() for i in indices], SILENCE)[0].transpose(1, 2)
+        f0 = pad([store.get("f0", i).float() for i in indices], -1)[0]
+        return model(mel.to(device)), f0.to(device)
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        wav = random_wavs(train, 16, 96 * audio.VOCODER_HOP).to(device)
-        loss = (model(audio.vocoder_mel(wav)) - mel_pitch(wav)).abs().mean()  # Hz
+        found, f0 = guess(train, batches(step))
+        loss = (found - f0)[f0 >= 0].abs().mean()  # Hz
         norm = descend(loss / 100, opt, cosine(step, steps, 2e-3, 50))
         return {"hz": loss, "norm": norm}
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        found = []
-        for item in dev.items[:40]:
-            wav = item.wav(audio.VOCODER_RATE)[None].to(device)
-            f0, guess = mel_pitch(wav)[0], model(audio.vocoder_mel(wav))[0]
-            found.append(correlation(f0[f0 > 0], guess[f0 > 0]))
-        return {"dev_f0": mean_and_error(found)[0]}
+        rows = [(f, g) for i in range(len(dev)) for f, g in [guess(dev, [i])]]
+        found = [correlation(g[g > 0].cpu(), f[g > 0].cpu()) for f, g in rows]
+        gross = torch.cat([((f - g).abs() > 0.2 * g)[g > 0] for f, g in rows])
+        return {"dev_f0": mean_and_error(found)[0], "dev_gross": float(gross.float().mean())}
 
     fit(cfg, "f0", {"model": model, "opt": opt}, update, check)
     save_model(cfg.out / "f0", model, HIFT, FP16)
@@ -552,7 +569,7 @@ def train_lm(cfg: Config, device: torch.device) -> None:
     def update(step: int, steps: int) -> dict[str, Tensor]:
         inputs, target = batch(step + 10**6 * cfg.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-            logits = model.logits(model(model.embed(inputs)))
+            logits = model.logits(model(inputs))
         loss = cross_entropy(logits, target)
         norm = descend(loss, opt, cosine(step, steps, 2e-3, 200))
         return {"ce": loss, "norm": norm}

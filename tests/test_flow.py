@@ -157,6 +157,18 @@ def test_masked_norm_of_a_full_batch_is_group_norm() -> None:
     torch.manual_seed(1)
     block, x = ConvBlock(16, 16, 8, True), torch.randn(2, 16, 9) + 3
     close(block(x, torch.ones(2, 9, dtype=torch.bool)), block(x, None))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x, None).dtype == torch.float32
+
+
+def test_the_prior_alone_trains_the_encoder() -> None:
+    model = small()
+    units, lengths, speaker = batch([9, 5])
+    mel_len, nobody = model.config.frames(lengths), torch.tensor([False, False])
+    mel = torch.randn(2, 80, int(mel_len.max()))
+    model.loss(units, lengths, mel, mel_len, speaker, cfg_keep=nobody).total.backward()
+    assert model.encoder.embed.weight.grad is not None
+    assert model.encoder.embed.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("regulator", ["linear", "nearest", "split"])

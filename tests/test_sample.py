@@ -191,8 +191,8 @@ def test_a_batch_says_what_single_items_say(
     system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer")
     decoder = system.tokenizer.unit_decoder
     decoder.head.bias.data[-1] = -1  # a model that does not stop at once
-    decoder.text_embed.weight.data *= 100  # and that cares what it says
-    decoder.text_out.weight.data *= 100
+    for block in (*decoder.text.blocks, *decoder.lm.blocks):  # and that cares what it says
+        block.attn.out.weight.data *= 100
     texts = ("two dogs run.", "the child sees a big red ball.", "a cat sleeps.")
     pieces = [system.encode(speech(s), t) for s, t in zip((1.0, 2.5, 0.5), texts, strict=True)]
     limit = partial(system.tokenizer.decode, max_len=12)

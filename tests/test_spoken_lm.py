@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import spoken_lm
+import continuation
+from continuation import (
+    Generated,
+    Prompt,
+    Sampling,
+    VocabularySets,
+    generate,
+    narrow,
+    next_text,
+    penalize,
+)
 from fsq import FSQ, FSQConfig
 from llm import Llama, LlamaConfig
 from lora import lora_layers, merge
@@ -23,20 +33,12 @@ from rvq import SKIP as RVQ_SKIP
 from spoken_lm import (
     IGNORE,
     TINY,
-    Generated,
-    Prompt,
-    Sampling,
     SpokenLM,
     SpokenLMConfig,
     SpokenLMOutput,
     TokenHead,
-    VocabularySets,
     from_public,
-    generate,
     layout,
-    narrow,
-    next_text,
-    penalize,
 )
 from text import SentencePieceTokenizer, train_sentencepiece
 from weights import load_strict, rename
@@ -241,7 +243,7 @@ def test_quirk_sampled_trace_has_the_public_distributions(
         probabilities.append((logits / temperature).softmax(-1)[0])
         return trace["step_text_ids"][len(probabilities) - 1][None]
 
-    monkeypatch.setattr(spoken_lm, "pick", replay)
+    monkeypatch.setattr(continuation, "pick", replay)
     sampling = Sampling(0.7, 0.8, 1.3, faithful=True)
     out = generate(model, sets, golden_prompt("audio", g, trace), sampling, extra_words=3)
     check_trace("gen_audio_sampled", out, trace)
