@@ -7,6 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test check slow clean
 
 demo: .venv/runtime
+	rm -rf runs/demo
 	$(PY) train_tokenizer.py --quantizer fsq --out runs/demo
 	$(PY) sample.py weights/tiny/prompt.wav --out continuation.wav
 

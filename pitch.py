@@ -54,7 +54,9 @@ def pitch(wav: Tensor, rate: int, hop: int) -> Tensor:
     left, mid, right = (d.gather(-1, best + i) for i in (-1, 0, 1))
     shift = 0.5 * (left - right) / (left - 2 * mid + right).clamp(min=1e-9)  # vertex of a parabola
     f0 = rate / (best + shift.clamp(-0.5, 0.5))
-    voiced = (low.amin(-1, keepdim=True) < VOICED) & (frames.square().mean(-1, keepdim=True).sqrt() > SILENCE)
+    voiced = (low.amin(-1, keepdim=True) < VOICED) & (
+        frames.square().mean(-1, keepdim=True).sqrt() > SILENCE
+    )
     return median3((f0 * voiced).squeeze(-1))  # (..., F)
 
 

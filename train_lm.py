@@ -19,7 +19,7 @@ from torch import Tensor
 
 import synth
 import text
-from common import Log, cosine, finish, flag, parse, positive, run, seed_step, setup
+from common import Log, cosine, flag, parse, pick_device, positive, run, seed_step
 from data import (
     Batches,
     Item,
@@ -34,7 +34,7 @@ from data import (
 from llm import Llama, LlamaConfig
 from spoken_lm import TINY, SpokenLM
 from tokenizer import Frontend, SpeechTokenizer, load_tokenizer
-from weights import as_config, load_checkpoint, load_model, read_config, save_checkpoint, save_model
+from weights import as_config, first_step, load_model, read_config, save_checkpoint, save_model
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def build(cfg: Config, tokenizer: SpeechTokenizer) -> SpokenLM:
 
 def train(cfg: Config) -> SpokenLM:
     positive(cfg, "utterances", "batch", "steps", "save_every", "threads")
-    rank, world, device = setup(cfg.device)
+    device = pick_device(cfg.device)
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    torch.manual_seed(cfg.seed)
     frontend = Frontend(cfg.bundle).to(device)
     tokenizer = load_tokenizer(cfg.tokenizer).to(device)
     data, dev = (load_data(cfg, frontend, tokenizer, split) for split in ("train", "dev"))
@@ -148,11 +148,11 @@ def train(cfg: Config) -> SpokenLM:
     model = build(cfg, tokenizer).to(device)
     opt = torch.optim.AdamW(model.trainable_parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     state = {"model": model, "optimizer": opt}
-    first = load_checkpoint(cfg.out, state)["step"] if cfg.resume else 0
+    first = first_step(cfg.out, state, cfg.resume)
     batches = Batches(data.codes.lengths("codes"), cfg.batch, cfg.seed)
     log = Log(cfg.out, "lm", cfg.steps, first)
     for step in range(first + 1, cfg.steps + 1):
-        seed_step(cfg.seed, step, rank, world)
+        seed_step(cfg.seed, step)
         for group in opt.param_groups:
             group["lr"] = cosine(step, cfg.steps, cfg.lr, cfg.warmup)
         batch = draw(data, batches(step), lm, pairs=0.5)
@@ -176,7 +176,6 @@ def train(cfg: Config) -> SpokenLM:
     print(f"\nnats per code: uniform {math.log(levels):.3f}, unigram {unigram(dev, levels):.3f}, "
           f"this model {found['dev_code_nll']:.3f}\n", flush=True)  # fmt: skip
     save_model(cfg.out, model, {"spoken_lm": asdict(model.config)}, torch.float16)
-    finish()
     return model
 
 

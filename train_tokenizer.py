@@ -18,7 +18,7 @@ from torch import Tensor
 
 import synth
 from aggregator import TINY as AGGREGATOR
-from common import Log, cosine, finish, flag, parse, positive, run, seed_step, setup
+from common import Log, cosine, flag, parse, pick_device, positive, run, seed_step
 from data import (
     BOS,
     Batches,
@@ -34,7 +34,7 @@ from fsq import TINY as FSQ
 from rvq import TINY as RVQ
 from tokenizer import Frontend, SpeechTokenizer, TokenizerConfig, load_tokenizer
 from unit_decoder import TINY as UNIT_DECODER
-from weights import load_checkpoint, save_checkpoint, save_model
+from weights import first_step, save_checkpoint, save_model
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
+FSQ_WEIGHT = 0.25  # lambda; the TASLA paper does not give it
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
 
@@ -79,6 +80,7 @@ def build(cfg: Config, frontend: Frontend) -> SpeechTokenizer:
         cfg.quantizer,
         replace(FSQ, d=cfg.fsq_channels),
         replace(RVQ, codebook_size=512),
+        1.0 if cfg.quantizer == "rvq" else FSQ_WEIGHT,
     )
     model = SpeechTokenizer(config)
     ours, theirs = model.aggregator.decoder.state_dict(), frontend.decoder.state_dict()
@@ -121,9 +123,9 @@ def accuracies(
 
 def train(cfg: Config) -> SpeechTokenizer:
     positive(cfg, "utterances", "batch", "save_every", "threads", "fsq_channels")
-    rank, world, device = setup(cfg.device)
+    device = pick_device(cfg.device)
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    torch.manual_seed(cfg.seed)
     frontend = Frontend(cfg.bundle).to(device)
     data, dev = (load_data(cfg, frontend, split) for split in ("train", "dev"))
     model = build(cfg, frontend).to(device)
@@ -133,11 +135,11 @@ def train(cfg: Config) -> SpeechTokenizer:
     state = {"model": model, "optimizer": opt}
     text_steps = 0 if cfg.init != Path() else cfg.text_steps
     steps, layers = text_steps + cfg.steps, model.config.aggregator.value_layers
-    first = load_checkpoint(cfg.out, state)["step"] if cfg.resume else 0
+    first = first_step(cfg.out, state, cfg.resume)
     batches = Batches(data.store.lengths("units"), cfg.batch, cfg.seed)
     log = Log(cfg.out, "tokenizer", steps, first)
     for step in range(first + 1, steps + 1):
-        seed_step(cfg.seed, step, rank, world)
+        seed_step(cfg.seed, step)
         text_only = cfg.text_only or step <= text_steps
         begin, end = (0, text_steps) if step <= text_steps else (text_steps, steps)
         for group in opt.param_groups:
@@ -159,7 +161,6 @@ def train(cfg: Config) -> SpeechTokenizer:
             log.row(step, **{f"dev_{k}": v for k, v in found.items()})
             report("text-only" if text_only else f"{cfg.aggregator} + {cfg.quantizer}", found)
     save_model(cfg.out, model, {"tokenizer": asdict(model.config)}, torch.float16)
-    finish()
     return model
 
 

@@ -187,6 +187,16 @@ def steps_of(run: Path) -> list[Path]:
     return sorted(Path(run).glob("step_*"), key=lambda path: (len(path.name), path.name))
 
 
+def first_step(run: Path, state: Mapping[str, Any], resume: bool) -> int:
+    """Steps already done: those of the newest checkpoint to resume from, else 0. ValueError: a new
+    run would write among the checkpoints of another one."""
+    if resume:
+        return int(load_checkpoint(run, state)["step"])
+    if steps_of(run):
+        raise ValueError(f"{run} holds a run already: --resume goes on with it, or choose --out")
+    return 0
+
+
 def load_checkpoint(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Load the newest step under `run` into the objects of `state`. Returns its meta."""
     if not (steps := steps_of(run)):
