@@ -7,13 +7,14 @@
     s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel of each unit
     speaker  CAM++                            which voice
     f0       mel -> F0, a part of HiFT        mean error in Hz
-    hift     mel -> wav                       STFT and mel losses, then discriminators
+    hift     mel -> wav                       STFT and mel distance, discriminators if asked
     flow     units + voice -> mel             flow matching + direct regression
     lm       Llama over text                  next token
 
 The tokenizer and the spoken LM on top are trained by train_tokenizer.py and train_lm.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,15 +73,14 @@ from whisper_enc import WhisperEncoder
 FRAME_S = 0.01  # seconds per mel frame
 STAGES = ("asr", "s3", "speaker", "f0", "hift", "flow", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
-ADVERSARIAL_FROM = 0.6  # share of HiFT's steps before the discriminators join
 FP16 = torch.float16  # of the files; everything computes in fp32
 STEPS = {
-    "asr": 7000,
+    "asr": 9000,
     "s3": 5000,
     "speaker": 500,
     "f0": 2500,
-    "hift": 2600,
-    "flow": 3000,
+    "hift": 2000,
+    "flow": 2500,
     "lm": 1200,
 }
 
@@ -91,6 +91,7 @@ class Config:
     runs: Path = flag(Path("runs/tiny"), "checkpoints and logs")
     only: str = flag("all", "which model to train", choices=("all", *STAGES))
     utterances: int = flag(8000, "training utterances of the built-in corpus")
+    adversarial: float = flag(0.0, "share of HiFT's steps, the last ones, with discriminators")
     scale: float = flag(1.0, "multiplies the number of steps of every stage")
     seed: int = flag(0, "weights, batches and dropout follow from (seed, step)")
     save_every: int = flag(500, "steps between two checkpoints")
@@ -205,6 +206,15 @@ def asr_batch(corpus: Corpus, indices: list[int], broken_off: float) -> tuple[Te
     return mel.transpose(1, 2), lengths, pad(ids, -1)[0], span, pad(phones, -1)[0]
 
 
+def with_noise(mel: Tensor) -> Tensor:
+    """mel (B, M, F) in Whisper's units, 0.25 = 10 dB -> the same in steady noise of random colour,
+    20 to 80 dB below the loudest bin: no vocoder's output is as clean as espeak's."""
+    level = mel.amax((1, 2), keepdim=True) - 0.5 - 1.5 * torch.rand(len(mel), 1, 1)
+    colour = 0.5 * torch.randn(len(mel), 8, 1).repeat_interleave(mel.shape[1] // 8, 1)  # (B, M, 1)
+    noise = level + colour + 0.1 * torch.randn_like(mel)
+    return torch.logaddexp(4 * math.log(10) * mel, 4 * math.log(10) * noise) / (4 * math.log(10))
+
+
 def train_asr(cfg: Config, device: torch.device) -> None:
     """Cross-entropy + phones from the middle layer + two heads that must look at the word.
 
@@ -219,7 +229,7 @@ def train_asr(cfg: Config, device: torch.device) -> None:
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         mel, lengths, ids, span, phones = asr_batch(train, batches(step), 0.25)
-        mel = mel + 0.05 * torch.rand(len(mel), 1, 1) * torch.randn_like(mel)
+        mel = with_noise(mel)
         target, inputs = ids[:, 1:], ids[:, :-1].clamp(min=0)
         dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != BOS)
         inputs = inputs.masked_fill(dropped, UNK)  # listen, do not guess from the words before
@@ -454,7 +464,7 @@ def train_f0(cfg: Config, device: torch.device) -> None:
 
 
 def train_hift(cfg: Config, device: torch.device) -> None:
-    """True F0 drives the source; STFT and mel distance first, then discriminators as well."""
+    """True F0 drives the source; STFT and mel distance, and discriminators if --adversarial."""
     asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
@@ -468,7 +478,7 @@ def train_hift(cfg: Config, device: torch.device) -> None:
         losses = {"stft": stft_loss(fake, wav), "mel": (full[:16] - full[16:]).abs().mean()}
         total = losses["stft"] + losses["mel"]
         lr = cosine(step, steps, 2.5e-3, 20, floor=0.1)
-        if step > round(ADVERSARIAL_FROM * steps):
+        if step > steps - round(cfg.adversarial * steps):
             judged = discriminator_loss(judges(wav), judges(fake.detach()))
             descend(judged, judge_opt, 5e-4, clip=5.0)
             says = judges(fake)
