@@ -16,6 +16,7 @@ the end of an item would see the padding, so vocode items one by one.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +233,7 @@ def init_for_training(model: HiFT) -> None:
         nn.init.normal_(weight, std=(3 / weight[0].numel()) ** 0.5)  # as strong as the mel path
     nn.init.constant_(model.source.mix.weight, 0.2 / c.sine_amp)  # peaks near 1: more overtones
     nn.init.zeros_(model.source.mix.bias)
-    convs = [m for m in model.f0.convs if isinstance(m, nn.Conv1d)]
+    convs: list[Any] = [*model.f0.convs][::2]
     for i, conv in enumerate(convs):  # keep the variance: torch's start loses it in five layers
         spread = MEL_SPREAD if i == 0 else 1.0
         conv.weight = torch.randn_like(conv.weight) * (1.5 / conv.weight[0].numel()) ** 0.5 / spread

@@ -16,7 +16,7 @@ The tokenizer and the spoken LM on top are trained by train_tokenizer.py and tra
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -436,7 +436,7 @@ def train_f0(cfg: Config, device: torch.device) -> None:
     asr = tokenizer(cfg, "asr")
     train, dev = (vocoder_features(load_corpus(cfg, split, asr)) for split in ("train", "dev"))
     model = HiFT(HIFT).f0.to(device)
-    out = {"params": model.out.parameters(), "scale": 50}  # its weights are as large as its Hz
+    out: dict[str, Any] = {"params": model.out.parameters(), "scale": 50}  # large, as its Hz are
     opt = torch.optim.Adam([{"params": model.convs.parameters()}, out], betas=(0.9, 0.99))
     batches = Batches(train.lengths("f0"), 16, cfg.seed)
 
@@ -553,7 +553,8 @@ def train_flow(cfg: Config, device: torch.device) -> None:
         return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
 
     fit(cfg, "flow", {"model": model, "opt": opt}, update, check)
-    save_model(cfg.out / "flow", model, FLOW, FP16)
+    # at this length of training mu alone is clearer than what the flow makes of noise
+    save_model(cfg.out / "flow", model, replace(FLOW, steps=0), FP16)
 
 
 def train_lm(cfg: Config, device: torch.device) -> None:
