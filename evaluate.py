@@ -171,9 +171,17 @@ def topline(system: System) -> dict[str, Figures]:
     return {"original": system.floor, "S3 units": scores.figures()}
 
 
+def shipped(bundle: Path) -> dict[str, str]:
+    """The tokenizers that this bundle has; the others are named, not silently left out."""
+    for name, folder in TOKENIZERS.items():
+        if not (bundle / folder).is_dir():
+            print(f"{name}: no folder {bundle / folder}, left out")
+    return {name: folder for name, folder in TOKENIZERS.items() if (bundle / folder).is_dir()}
+
+
 def reconstruction(system: System) -> dict[str, Figures]:
     out = {"original": system.floor}
-    for name, folder in TOKENIZERS.items():
+    for name, folder in shipped(system.bundle).items():
         pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
         pairs = list(zip(system.originals, system.test, strict=True))
         speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
@@ -219,7 +227,7 @@ def bitrate(pipeline: Pipeline, speeches: list[Speech], seconds: float) -> Figur
 def units(system: System) -> dict[str, Figures]:
     items, out = system.items("test_voices"), dict[str, Figures]()
     store = unit_features(items, system.frontend, digest(items), "units of test_voices")
-    for name, folder in progress("units", list(TOKENIZERS.items())):
+    for name, folder in progress("units", list(shipped(system.bundle).items())):
         model = load_tokenizer(system.bundle / folder).to(system.device)
         hits = unit_hits(model, items, store, system.frontend, name == "text only")
         total = hits.pop("total").tolist()

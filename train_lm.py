@@ -80,7 +80,8 @@ def load_data(cfg: Config, frontend: Frontend, tokenizer: SpeechTokenizer, split
         codes = tokenizer.encode(batch.ids, batch.word_ids, batch.last, batch.taps, batch.keep)
         return {"codes": codes[0].short().cpu()}
 
-    model = hashlib.sha256((cfg.tokenizer / "model.safetensors").read_bytes()).hexdigest()
+    files = (cfg.tokenizer / "model.safetensors", cfg.bundle / "asr" / "model.safetensors")
+    model = "-".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     codes = prepare(items, compute, f"codes 1 {digest(items)} {model}", f"codes of {split}")
     same_voice: dict[str, list[int]] = {}
     for i, item in enumerate(items):
