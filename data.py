@@ -232,12 +232,17 @@ def unit_features(items: Sequence[Item], frontend: UnitFrontend, tag: str, what:
 
 def tokenizer_batch(
     items: Sequence[Item], store: Ragged, indices: Sequence[int], frontend: Frontend,
-    layers: tuple[int, ...], device: torch.device,
+    layers: tuple[int, ...] | None, device: torch.device,
 ) -> TokenizerBatch:  # fmt: skip
-    """The batch of these items; the frozen encoder listens here, word spans come where known."""
+    """The batch of these items; the frozen encoder listens here, and word spans come where known.
+    layers: the taps; None if only the text matters: `last` is then without width."""
     mel, mel_len = pad([store.get("mel", i).float() for i in indices])
     mel_keep = keep_mask(mel_len).to(device)
-    last, taps, keep = frontend.hear(mel.transpose(1, 2).to(device), mel_keep, layers)
+    if layers is None:
+        keep = mel_keep[:, :: frontend.encoder.cfg.stride]
+        last, taps = torch.empty(*keep.shape, 0, device=device), dict[int, Tensor]()
+    else:
+        last, taps, keep = frontend.hear(mel.transpose(1, 2).to(device), mel_keep, layers)
     rows = [text.align_words(items[i].text, frontend.tokens, frontend.tokens) for i in indices]
     spans = None
     if all(items[i].utterance is not None for i in indices):
@@ -282,7 +287,7 @@ def unit_hits(
     found: dict[str, list[Tensor]] = {}
     for first in range(0, len(items), size):
         indices = range(first, min(first + size, len(items)))
-        layers = model.config.aggregator.value_layers
+        layers = None if text_only else model.config.aggregator.value_layers
         batch = tokenizer_batch(items, store, indices, frontend, layers, device)
         real = batch.units >= 0  # (B, U)
         out = [model(batch, text_only, keep).units for keep in (None, torch.zeros_like(real))]

@@ -296,12 +296,17 @@ class Flow(nn.Module):
     def loss(
         self, units: Tensor, unit_len: Tensor, mel: Tensor, mel_len: Tensor, speaker: Tensor,
         prompt_len: Tensor | None = None, t: Tensor | None = None, noise: Tensor | None = None,
-        cfg_keep: Tensor | None = None,
+        cfg_keep: Tensor | None = None, prior_only: bool = False,
     ) -> FlowLoss:  # fmt: skip
         """units (B, U), log-mel (B, M, F), lengths (B,), speaker (B, X); the first prompt_len (B,)
-        frames are shown. Drawn if None: t (B,), noise (B, M, F), cfg_keep (B,), True = sees c."""
+        frames are shown. Drawn if None: t (B,), noise (B, M, F), cfg_keep (B,), True = sees c.
+        prior_only: |mu - x| alone, at a fifth of the cost: a start for the rest."""
         mu, keep = self.mu(units, unit_len, mel_len, speaker)
         x = masked((mel[..., : mu.shape[2]] - self.config.mel_mean) / self.config.mel_std, keep)
+        n = keep.sum() * x.shape[1]
+        prior = (mu - x).abs().sum() / n
+        if prior_only:
+            return FlowLoss(prior, torch.zeros_like(prior), prior)
         z = torch.randn_like(x) if noise is None else noise
         draw = torch.rand(2, len(x), device=x.device)
         t = 1 - torch.cos(draw[0] * math.pi / 2) if t is None else t
@@ -311,9 +316,7 @@ class Flow(nn.Module):
         u = x - (1 - SIGMA) * z  # the velocity to learn, constant along the path
         y = z + t[:, None, None] * u
         v = self.velocity(y, keep, mu * on, t, self.voice(speaker) * on[:, 0], prompt * on)
-        n = keep.sum() * x.shape[1]
         flow = masked(v - u, keep).square().sum() / n
-        prior = (mu - x).abs().sum() / n
         return FlowLoss(flow + self.config.prior_weight * prior, flow, prior)
 
     def integrate(self, x: Tensor, keep: Tensor, c: list[Tensor], steps: int, g: float) -> Tensor:
@@ -333,11 +336,14 @@ class Flow(nn.Module):
         prompt: tuple[Tensor, Tensor] | None = None, steps: int | None = None,
         guidance: float | None = None, noise: Tensor | None = None,
         rng: torch.Generator | None = None, temperature: float = 1.0,
+        mel_len: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """units (B, U), unit_len (B,), speaker (B, X) -> log-mel (B, M, F), mel_len (B,).
         prompt: units (B, P) and log-mel (B, M, G) of a recording to go on from, not in the result.
-        noise (B, M, G + F): drawn from `rng` (CPU) if None. steps=0: mu, which needs the prior."""
-        c, B, mel_len = self.config, len(units), self.config.frames(unit_len)
+        noise (B, M, G + F): drawn from `rng` (CPU) if None. steps=0: mu, which needs the prior.
+        mel_len (B,): how long to make it, if not as long as the units last."""
+        c, B = self.config, len(units)
+        mel_len = c.frames(unit_len) if mel_len is None else mel_len
         if int(mel_len.min()) < 1 or int(units.max()) >= c.units:
             raise ValueError(f"need units < {c.units}, lengths >= 1, got {units.max()}, {unit_len}")
         steps = c.steps if steps is None else steps
@@ -347,9 +353,10 @@ class Flow(nn.Module):
         if noise is None:
             noise = torch.randn(B, c.mels, G + int(mel_len.max()), generator=rng)
         if B > 1 and (c.masked_norm, c.attention_bias) != (True, "mask"):  # Quirk: padding is heard
-            rows, batch = [], (units, unit_len, speaker, head, mel, temperature * noise)
-            for u, n, voice, h, m, z in zip(*(y.split(1) for y in batch), strict=True):
-                rows.append(self.sample(u, n, voice, (h, m), steps, guidance, z)[0][0].mT)  # (F, M)
+            rows, batch = [], (units, unit_len, speaker, head, mel, temperature * noise, mel_len)
+            for u, n, voice, h, m, z, f in zip(*(y.split(1) for y in batch), strict=True):
+                one = self.sample(u, n, voice, (h, m), steps, guidance, z, mel_len=f)[0]
+                rows.append(one[0].mT)  # (F, M)
             return nn.utils.rnn.pad_sequence(rows, True, SILENCE).mT, mel_len
         units = torch.cat([head, units], 1)  # (B, P + U)
         x, keep = self.mu(units, P + unit_len, G + mel_len, speaker, (P, G))

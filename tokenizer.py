@@ -127,14 +127,28 @@ class SpeechTokenizer(nn.Module):
             if self.quantizer is not None:
                 z, codes, recon = self.quantizer(z, word_keep)
             audio = agg.spread(z, batch.word_ids)  # (B, N, C)
-            if batch.spans is not None:
-                guide = guided_attention(maps.frames, batch.spans, batch.word_ids >= 0)
         units = self.unit_decoder(
             batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep
         )
+        if batch.spans is not None:
+            guide = self.guide(batch.spans, batch.word_ids >= 0, maps, units)
         loss = units.loss + self.config.recon_weight * recon + GUIDE_WEIGHT * guide
         attention = None if maps is None else maps.frames
         return TokenizerOutput(loss, units.loss, recon, guide, codes, units, attention)
+
+    def guide(
+        self, spans: Tensor, keep: Tensor, maps: agg.Maps | None, units: ud.UnitDecoderOutput
+    ) -> Tensor:
+        """spans (B, N, T), keep (B, N): a token should hear the frames of its word, and half the
+        heads of one block should look at the word whose unit is to be predicted.
+
+        Ours, not the papers': it needs word times, which the built-in corpus has, and gives in
+        minutes what they get from hundreds of hours."""
+        said = units.maps[len(units.maps) // 2]  # (B, H, 1+U, N)
+        n = min(spans.shape[2], said.shape[2])  # rows: units are as many a second as frames
+        spoken = (spans & keep[..., None])[..., :n].mT  # (B, n, N)
+        loss = guided_attention(said[:, : said.shape[1] // 2, :n], spoken, spoken.any(2))
+        return loss if maps is None else loss + guided_attention(maps.frames[:, -1], spans, keep)
 
     @torch.no_grad()
     def encode(
@@ -169,11 +183,9 @@ class SpeechTokenizer(nn.Module):
 
 
 def guided_attention(maps: Tensor, spans: Tensor, keep: Tensor) -> Tensor:
-    """maps (B, L, H, N, T), spans (B, N, T) bool, keep (B, N) -> -log of the attention mass of the
-    last layer, mean over its heads, that falls inside the spoken word; mean over real tokens.
-
-    Ours, not the papers': it needs word times, which the built-in corpus has."""
-    inside = (maps[:, -1].mean(1) * spans).sum(-1)  # (B, N)
+    """maps (..., H, I, J) of I queries over J keys, spans (..., I, J) bool: what each query ought
+    to look at, keep (..., I) -> -log of the mass there, heads averaged; mean over kept queries."""
+    inside = (maps.mean(-3) * spans).sum(-1)  # (..., I)
     return -inside.clamp(min=1e-4).log()[keep].mean()
 
 

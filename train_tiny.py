@@ -6,14 +6,15 @@
     asr      Whisper encoder + decoder        words, phones, word-aligned attention
     s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel of each unit
     speaker  CAM++                            which voice
+    flow     units + voice -> mel             direct regression, then flow matching too
     f0       mel -> F0, a part of HiFT        mean error in Hz
     hift     mel -> wav                       STFT and mel distance, discriminators if asked
-    flow     units + voice -> mel             flow matching + direct regression
     lm       Llama over text                  next token
 
 The tokenizer and the spoken LM on top are trained by train_tokenizer.py and train_lm.py.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,7 @@ from s3_units import S3Units
 from speaker import TINY as SPEAKER
 from speaker import CAMPlus
 from tokenizer import UnitFrontend
+from vocoder import load_flow
 from weights import load_checkpoint, load_model, save_checkpoint, save_model, write_atomic
 from whisper_dec import TINY as DECODER
 from whisper_dec import WhisperDecoder, transcribe
@@ -71,16 +73,18 @@ from whisper_enc import TINY as ENCODER
 from whisper_enc import WhisperEncoder
 
 FRAME_S = 0.01  # seconds per mel frame
-STAGES = ("asr", "s3", "speaker", "f0", "hift", "flow", "lm")
+STAGES = ("asr", "s3", "speaker", "flow", "f0", "hift", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
 FP16 = torch.float16  # of the files; everything computes in fp32
+PRIOR_SHARE = 0.5  # of flow's steps, the first ones, that only regress the mel
+MATCHED = 2000  # utterances whose mels the flow makes for f0 and hift
 STEPS = {
-    "asr": 9000,
+    "asr": 10000,
     "s3": 5000,
     "speaker": 500,
+    "flow": 8000,
     "f0": 2500,
-    "hift": 2000,
-    "flow": 2500,
+    "hift": 4000,
     "lm": 1200,
 }
 
@@ -206,11 +210,15 @@ def asr_batch(corpus: Corpus, indices: list[int], broken_off: float) -> tuple[Te
     return mel.transpose(1, 2), lengths, pad(ids, -1)[0], span, pad(phones, -1)[0]
 
 
-def with_noise(mel: Tensor) -> Tensor:
-    """mel (B, M, F) in Whisper's units, 0.25 = 10 dB -> the same in steady noise of random colour,
-    20 to 80 dB below the loudest bin: no vocoder's output is as clean as espeak's."""
-    level = mel.amax((1, 2), keepdim=True) - 0.5 - 1.5 * torch.rand(len(mel), 1, 1)
-    colour = 0.5 * torch.randn(len(mel), 8, 1).repeat_interleave(mel.shape[1] // 8, 1)  # (B, M, 1)
+def worn(mel: Tensor) -> Tensor:
+    """mel (B, M, F) in Whisper's units, 0.25 = 10 dB -> the same blurred, jittered and in steady
+    noise of random colour, 30 to 90 dB below the loudest bin: no vocoder is as clean as espeak."""
+    B = len(mel)
+    blurred = F.avg_pool2d(mel[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+    mel = mel.lerp(blurred, (2 * torch.rand(B, 1, 1) - 1).clamp(min=0))  # half of them stay sharp
+    mel = mel + 0.12 * torch.rand(B, 1, 1) * torch.randn_like(mel)
+    level = mel.amax((1, 2), keepdim=True) - 0.75 - 1.5 * torch.rand(B, 1, 1)
+    colour = 0.5 * torch.randn(B, 8, 1).repeat_interleave(mel.shape[1] // 8, 1)  # (B, M, 1)
     noise = level + colour + 0.1 * torch.randn_like(mel)
     return torch.logaddexp(4 * math.log(10) * mel, 4 * math.log(10) * noise) / (4 * math.log(10))
 
@@ -229,7 +237,7 @@ def train_asr(cfg: Config, device: torch.device) -> None:
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         mel, lengths, ids, span, phones = asr_batch(train, batches(step), 0.25)
-        mel = with_noise(mel)
+        mel = worn(mel)
         target, inputs = ids[:, 1:], ids[:, :-1].clamp(min=0)
         dropped = (torch.rand(inputs.shape) < 0.25) & (inputs != BOS)
         inputs = inputs.masked_fill(dropped, UNK)  # listen, do not guess from the words before
@@ -294,24 +302,39 @@ def recognize(
     return [corpus.asr.decode(row) for row in rows]
 
 
-def train_s3(cfg: Config, device: torch.device) -> None:
-    """Each unit alone must tell phone, pitch relative to the speaker, voicing and four mel frames.
+class UnitHeads(nn.Module):
+    """What supervises the units: one alone must tell its phone, five in a row (of 25 Hz) pitch
+    relative to the voice and voicing, and with the voice known, four log-mel frames each.
 
     Departs from CosyVoice, where recognition is the only teacher: at this size such units keep
-    no pitch, and then no tokenizer above them can."""
+    no pitch, and then no tokenizer above them can. Told the voice, the mel costs no bits for it."""
+
+    def __init__(self, voices: int) -> None:
+        super().__init__()
+        C = S3.width
+        self.phone, self.voice = nn.Linear(C, len(synth.PHONES)), nn.Embedding(voices, C)
+        self.pitch = nn.Conv1d(C, 2, 5, padding=2)
+        self.mel = nn.Sequential(
+            nn.Conv1d(C, 2 * C, 5, padding=2), nn.GELU(), nn.Conv1d(2 * C, 4 * S3.n_mels, 1)
+        )
+
+    def forward(self, q: Tensor, voice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, C), voice (B,) -> phone logits (B, T, P), pitch (B, T, 2), mel (B, T, 4 M)."""
+        q = q * S3.width**0.5  # unit variance
+        told = (q + self.voice(voice)[:, None]).mT
+        return self.phone(q), self.pitch(q.mT).mT, self.mel(told).mT
+
+
+def train_s3(cfg: Config, device: torch.device) -> None:
+    """Vector quantization in the middle of a network that tells what UnitHeads ask for."""
     asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     model = S3Units(S3).to(device)
-    heads = nn.ModuleDict(
-        {
-            "phone": nn.Linear(S3.width, len(synth.PHONES)),
-            "pitch": nn.Linear(S3.width, 2),
-            "mel": nn.Linear(S3.width, 4 * S3.n_mels),
-        }
-    ).to(device)
+    centre = voice_pitch(train)
+    voices = {voice: i for i, voice in enumerate(centre)}
+    heads = UnitHeads(len(voices)).to(device)
     opt = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98))
     batches = Batches(train.store.lengths("mel"), 16, cfg.seed)
-    centre = voice_pitch(train)
 
     def targets(corpus: Corpus, indices: list[int]) -> tuple[Tensor, ...]:
         f0 = corpus.frames("f0", indices)  # (B, T), -1 at padding
@@ -326,16 +349,17 @@ def train_s3(cfg: Config, device: torch.device) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             h, keep = model.features(mel.to(device), lengths.to(device))
         _, q, commit = model.quantize(h, keep)
-        q = q * S3.width**0.5  # (B, T, C), unit variance
-        pitch_out, n = heads["pitch"](q).float(), phones.shape[1]
+        voice = torch.tensor([voices[corpus.items[i].speaker] for i in indices], device=device)
+        phone, pitch_out, echo = heads(q, voice)
+        n = phones.shape[1]
         wanted = mel.to(device).unflatten(2, (-1, 4)).permute(0, 2, 3, 1).flatten(2)  # (B, T, 4 M)
         real, voiced = f0 >= 0, f0 > 0
         pred, voicing = pitch_out[:, :n, 0], pitch_out[:, :n, 1]
         return {
-            "phone": cross_entropy(heads["phone"](q), phones),
+            "phone": cross_entropy(phone, phones),
             "f0": (pred - relative)[voiced].square().mean(),
             "voicing": F.binary_cross_entropy_with_logits(voicing[real], voiced[real].float()),
-            "mel": (heads["mel"](q) - wanted)[keep].abs().mean(),
+            "mel": (echo - wanted)[keep].abs().mean(),
             "commit": commit,
         }
 
@@ -413,67 +437,88 @@ def crop(x: Tensor, n: int) -> Tensor:
     return x[first : first + n]
 
 
-def random_wavs(corpus: Corpus, n: int, size: int) -> Tensor:
-    """(n, size) samples at 22.05 kHz from random places of random utterances."""
-    indices = torch.randint(len(corpus.items), (n,)).tolist()
-    wavs = [corpus.items[i].wav(audio.VOCODER_RATE) for i in indices]
-    return torch.stack([crop(F.pad(w, (0, max(0, size - len(w)))), size) for w in wavs])
-
-
-def vocoder_features(corpus: Corpus) -> Ragged:
+def vocoder_features(items: list[Item]) -> Ragged:
     """mel (F, 80) fp16 and f0 (F,) Hz of all utterances at the vocoder's frame rate."""
 
     def compute(item: Item) -> dict[str, Tensor]:
         wav = item.wav(audio.VOCODER_RATE)
         return {"mel": audio.vocoder_mel(wav).T.half(), "f0": mel_pitch(wav[None])[0].half()}
 
-    tag = f"vocoder 1 {digest(corpus.items)}"
-    return prepare(corpus.items, compute, tag, f"vocoder features of {corpus.items[0].key[:-6]}")
+    tag = f"vocoder 1 {digest(items)}"
+    return prepare(items, compute, tag, f"vocoder features of {items[0].key[:-6]}")
+
+
+def flow_features(cfg: Config, items: list[Item]) -> Ragged:
+    """mel (F, 80) fp16 of the units of each utterance, frame by frame beside the true one: what
+    HiFT is given in use. [HiFi-GAN, arXiv:2010.05646, sec. 4.4: fine-tuning on such mels]"""
+    frontend, flow = UnitFrontend(cfg.out), load_flow(cfg.out)
+    weights = hashlib.sha256((cfg.out / "flow" / "model.safetensors").read_bytes()).hexdigest()
+
+    def compute(item: Item) -> dict[str, Tensor]:
+        heard = frontend.features(item.wav(audio.WHISPER_RATE))
+        units, frames = heard["units"], audio.vocoder_mel(item.wav(audio.VOCODER_RATE)).shape[1]
+        lengths, mel_len = torch.tensor([len(units)]), torch.tensor([frames])
+        mel, _ = flow.sample(units[None], lengths, heard["voice"], mel_len=mel_len)
+        return {"mel": mel[0].T.half()}
+
+    tag = f"flow 1 {digest(items)} {frontend.digest} {weights[:16]} {flow.config}"
+    return prepare(items, compute, tag, f"mels of the flow for {items[0].key[:-6]}")
 
 
 def train_f0(cfg: Config, device: torch.device) -> None:
-    """HiFT's F0 predictor. No gradient of the waveform reaches it, so it is trained by itself."""
-    asr = tokenizer(cfg, "asr")
-    train, dev = (vocoder_features(load_corpus(cfg, split, asr)) for split in ("train", "dev"))
+    """HiFT's F0 predictor, on true mels and on the flow's. No gradient of the waveform reaches it,
+    so it is trained by itself."""
+    items = {name: builtin(synth.load(n_train=cfg.utterances), name) for name in ("train", "dev")}
+    true = {name: vocoder_features(items[name]) for name in items}
+    made = {name: flow_features(cfg, items[name][:MATCHED]) for name in items}
     model = HiFT(HIFT).f0.to(device)
     out: dict[str, Any] = {"params": model.out.parameters(), "scale": 50}  # large, as its Hz are
     opt = torch.optim.Adam([{"params": model.convs.parameters()}, out], betas=(0.9, 0.99))
-    batches = Batches(train.lengths("f0"), 16, cfg.seed)
+    some = Batches(made["train"].lengths("mel"), 16, cfg.seed)
+    every = Batches(true["train"].lengths("f0"), 16, cfg.seed)
 
-    def guess(store: Ragged, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def guess(mels: Ragged, split: str, indices: list[int]) -> tuple[Tensor, Tensor]:
         """-> predicted, true F0 (B, F), true -1 at padding"""
-        mel = pad([store.get("mel", i).float() for i in indices], SILENCE)[0].transpose(1, 2)
-        f0 = pad([store.get("f0", i).float() for i in indices], -1)[0]
+        mel = pad([mels.get("mel", i).float() for i in indices], SILENCE)[0].mT
+        f0 = pad([true[split].get("f0", i).float() for i in indices], -1)[0]
         return model(mel.to(device)), f0.to(device)
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        found, f0 = guess(train, batches(step))
+        source, batches = (made, some) if step % 2 else (true, every)
+        found, f0 = guess(source["train"], "train", batches(step))
         loss = (found - f0)[f0 >= 0].abs().mean()  # Hz
         norm = descend(loss / 100, opt, cosine(step, steps, 2e-3, 50))
         return {"hz": loss, "norm": norm}
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        rows = [(f, g) for i in range(len(dev)) for f, g in [guess(dev, [i])]]
-        found = [correlation(g[g > 0].cpu(), f[g > 0].cpu()) for f, g in rows]
-        gross = torch.cat([((f - g).abs() > 0.2 * g)[g > 0] for f, g in rows])
-        return {"dev_f0": mean_and_error(found)[0], "dev_gross": float(gross.float().mean())}
+        values: dict[str, float] = {}
+        for name, mels in (("true", true["dev"]), ("flow", made["dev"])):
+            rows = [(f, g) for i in range(len(mels)) for f, g in [guess(mels, "dev", [i])]]
+            found = [correlation(g[g > 0].cpu(), f[g > 0].cpu()) for f, g in rows]
+            gross = torch.cat([((f - g).abs() > 0.2 * g)[g > 0] for f, g in rows])
+            values |= {
+                f"{name}_f0": mean_and_error(found)[0],
+                f"{name}_gross": float(gross.float().mean()),
+            }
+        return values
 
     fit(cfg, "f0", {"model": model, "opt": opt}, update, check)
     save_model(cfg.out / "f0", model, HIFT, FP16)
 
 
 def train_hift(cfg: Config, device: torch.device) -> None:
-    """True F0 drives the source; STFT and mel distance, and discriminators if --adversarial."""
-    asr = tokenizer(cfg, "asr")
-    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
+    """True F0 drives the source; STFT and mel distance, and discriminators if --adversarial. Half
+    of the mels are the flow's."""
+    train, dev = (builtin(synth.load(n_train=cfg.utterances), name) for name in ("train", "dev"))
+    made = flow_features(cfg, train[:MATCHED])
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
     opt = torch.optim.Adam(model.parameters(), betas=(0.8, 0.99))
     judge_opt = torch.optim.Adam(judges.parameters(), betas=(0.8, 0.99))
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        wav = random_wavs(train, 16, 32 * audio.VOCODER_HOP).to(device)
-        fake = model(audio.vocoder_mel(wav), f0=mel_pitch(wav))
+        wav, mel = (x.to(device) for x in random_crops(train, made, 16, 32))
+        fake = model(mel, f0=mel_pitch(wav))
         full = audio.vocoder_mel(torch.cat([wav, fake]), None)
         losses = {"stft": stft_loss(fake, wav), "mel": (full[:16] - full[16:]).abs().mean()}
         total = losses["stft"] + losses["mel"]
@@ -490,7 +535,7 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     @torch.no_grad()
     def check() -> dict[str, float]:
         found = []
-        for item in dev.items[:20]:
+        for item in dev[:20]:
             wav = item.wav(audio.VOCODER_RATE)[None].to(device)
             copy = model(audio.vocoder_mel(wav), f0=mel_pitch(wav))[0].cpu()
             copy = audio.resample(copy, audio.VOCODER_RATE, audio.WHISPER_RATE)
@@ -503,6 +548,23 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
 
 
+def random_crops(items: list[Item], made: Ragged, n: int, frames: int) -> tuple[Tensor, Tensor]:
+    """wav (n, 256 frames) from random places, mel (n, 80, frames): true ones, then the flow's."""
+    wavs, mels = [], []
+    for k in range(n):
+        i = int(torch.randint(len(items) if k < n // 2 else len(made), ()))
+        wav = items[i].wav(audio.VOCODER_RATE)
+        first = int(torch.randint(max(1, len(wav) // audio.VOCODER_HOP - frames), ()))
+        wav = wav[first * audio.VOCODER_HOP :][: frames * audio.VOCODER_HOP]
+        wavs.append(F.pad(wav, (0, frames * audio.VOCODER_HOP - len(wav))))
+        mel = audio.vocoder_mel(wavs[-1])  # (80, frames)
+        if k >= n // 2:
+            part = made.get("mel", i).float().T[:, first : first + frames]
+            mel = F.pad(part, (0, frames - part.shape[1]), value=SILENCE)
+        mels.append(mel)
+    return torch.stack(wavs), torch.stack(mels)
+
+
 def mel_pitch(wav: Tensor) -> Tensor:
     """wav (B, S) at 22.05 kHz -> f0 (B, F) Hz at the middle of each frame of audio.vocoder_mel,
     which lies half a hop later than that of pitch()."""
@@ -511,7 +573,7 @@ def mel_pitch(wav: Tensor) -> Tensor:
 
 
 def train_flow(cfg: Config, device: torch.device) -> None:
-    """Units and voice vectors of the models above -> mel."""
+    """Units and voice vectors of the models above -> mel: first mu alone, then the flow too."""
     asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     frontend = UnitFrontend(cfg.out)
@@ -531,24 +593,32 @@ def train_flow(cfg: Config, device: torch.device) -> None:
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     batches = Batches(train_stores[0].lengths("units"), 16, cfg.seed)
 
-    def loss_of(stores: tuple[Ragged, Ragged], indices: list[int]) -> dict[str, Tensor]:
+    def loss_of(
+        stores: tuple[Ragged, Ragged], indices: list[int], prior_only: bool
+    ) -> dict[str, Tensor]:
         heard, target = stores
         units, unit_len = pad([heard.get("units", i).long() for i in indices])
         mel, mel_len = pad([target.get("target", i).float() for i in indices], SILENCE)
         voice = torch.cat([heard.get("voice", i) for i in indices])
-        batch = (units, unit_len, mel.transpose(1, 2), mel_len, voice)
-        return model.loss(*(x.to(device) for x in batch))._asdict()
+        units, unit_len, mel, mel_len, voice = (
+            x.to(device) for x in (units, unit_len, mel.mT, mel_len, voice)
+        )
+        losses = model.loss(units, unit_len, mel, mel_len, voice, prior_only=prior_only)
+        return losses._asdict()
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
+        first = round(PRIOR_SHARE * steps)
+        begin, end = (0, first) if step <= first else (first, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-            losses = loss_of(train_stores, batches(step))
-        norm = descend(losses["total"], opt, cosine(step, steps, 1e-3, 200))
+            losses = loss_of(train_stores, batches(step), step <= first)
+        lr = cosine(step - begin, end - begin, 1.5e-3, 200, floor=0.1)
+        norm = descend(losses["total"], opt, lr)
         return losses | {"norm": norm}
 
     @torch.no_grad()
     def check() -> dict[str, float]:
         model.eval()
-        parts = [loss_of(dev_stores, part) for part in chunks(range(len(dev.items)), 25)]
+        parts = [loss_of(dev_stores, part, False) for part in chunks(range(len(dev.items)), 25)]
         model.train()
         return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
 
@@ -593,7 +663,7 @@ def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
-    trainers = train_asr, train_s3, train_speaker, train_f0, train_hift, train_flow, train_lm
+    trainers = train_asr, train_s3, train_speaker, train_flow, train_f0, train_hift, train_lm
     for name, train in zip(STAGES, trainers, strict=True):
         if cfg.only in ("all", name):
             torch.manual_seed(cfg.seed)

@@ -52,9 +52,9 @@ class Config:
     init: Path = flag(Path(), "start from this text-only model instead of training one")
     utterances: int = flag(2000, "training utterances of the built-in corpus")
     batch: int = flag(16, "utterances per step")
-    lr: float = flag(1.5e-3, "peak learning rate")
+    lr: float = flag(3e-3, "peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, in each of the two phases")
-    history_dropout: float = flag(0.5, "share of utterances whose unit history is partly hidden")
+    history_dropout: float = flag(0.25, "share of utterances whose unit history is partly hidden")
     guide: bool = flag(True, "attend to the spoken word; needs word times")
     seed: int = flag(0, "weights, batches and dropout follow from (seed, step)")
     save_every: int = flag(200, "steps between two checkpoints")
@@ -134,7 +134,7 @@ def train(cfg: Config) -> SpeechTokenizer:
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     state = {"model": model, "optimizer": opt}
     text_steps = 0 if cfg.init != Path() else cfg.text_steps
-    steps, layers = text_steps + cfg.steps, model.config.aggregator.value_layers
+    steps = text_steps + cfg.steps
     first = first_step(cfg.out, state, cfg.resume)
     batches = Batches(data.store.lengths("units"), cfg.batch, cfg.seed)
     log = Log(cfg.out, "tokenizer", steps, first)
@@ -144,7 +144,8 @@ def train(cfg: Config) -> SpeechTokenizer:
         begin, end = (0, text_steps) if step <= text_steps else (text_steps, steps)
         for group in opt.param_groups:
             group["lr"] = cosine(step - begin, end - begin, cfg.lr, cfg.warmup, floor=0.1)
-        batch = tokenizer_batch(data.items, data.store, batches(step), frontend, layers, device)
+        taps = None if text_only else model.config.aggregator.value_layers
+        batch = tokenizer_batch(data.items, data.store, batches(step), frontend, taps, device)
         batch = batch if cfg.guide else replace(batch, spans=None)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             out = model(batch, text_only, hide_history(batch.units, cfg.history_dropout))

@@ -70,6 +70,7 @@ class UnitDecoderOutput:
     logits: Tensor  # (B, 1+U, units+1) fp32; the last class is EOS
     target: Tensor  # (B, 1+U) int64, IGNORE where nothing is to be predicted
     loss: Tensor  # mean cross-entropy in nats over the rows that have a target, EOS included
+    maps: list[Tensor]  # of each block of the LM: attention of the rows to the text, (B, H, 1+U, N)
 
     @property
     def correct(self) -> Tensor:
@@ -117,8 +118,11 @@ class RelativeAttention(nn.Module):
         self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Tensor:
-        """x (B, n, C); distance (H, t, D), W_pos R; seen (B or 1, 1, n, t) bool -> (B, n, C)."""
+    def forward(
+        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, n, C); distance (H, t, D), W_pos R; seen (B or 1, 1, n, t) bool -> (B, n, C), and
+        where each position looked, (B, H, n, t)."""
         qkv = (f(x).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))
         q, k, v = (y.transpose(1, 2) for y in qkv)  # (B, H, n, D)
         if cache is not None:
@@ -128,8 +132,9 @@ class RelativeAttention(nn.Module):
         score = (content + position).float() / q.shape[3] ** 0.5
         # finite, not -inf: a padding row, which sees nothing, gives a mean and no NaN
         score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
-        y = score.softmax(-1).to(v.dtype) @ v  # (B, H, n, D)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, n, C)
+        weights = score.softmax(-1)
+        y = weights.to(v.dtype) @ v  # (B, H, n, D)
+        return self.out(y.transpose(1, 2).flatten(2)), weights
 
 
 class Block(nn.Module):
@@ -140,10 +145,13 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.act, self.drop = act, nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Tensor:
-        """x (B, n, C) -> (B, n, C): pre-norm attention, then pre-norm feed-forward."""
-        x = x + self.drop(self.attn(self.norm1(x), distance, seen, cache))
-        return x + self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm2(x))))))
+    def forward(
+        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, n, C) -> (B, n, C): pre-norm attention, then pre-norm feed-forward; weights."""
+        y, weights = self.attn(self.norm1(x), distance, seen, cache)
+        x = x + self.drop(y)
+        return x + self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm2(x)))))), weights
 
 
 # what generation keeps, per block: keys and values so far, and W_pos R, (H, max_len, D)
@@ -173,10 +181,17 @@ class Stack(nn.Module):
         """Room for max_len positions, to be handed to forward step by step."""
         return [(KVCache(max_len), distance) for distance in self.distances(max_len)]
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, past: Past | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keep: Tensor | None = None,
+        past: Past | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
         """x (B, n, inputs), the next n positions -> (B, n, C). keep (B, t): which keys are real.
 
-        Without `past` t = n. Padding on the right needs no keep: nothing real looks ahead."""
+        Without `past` t = n. Padding on the right needs no keep: nothing real looks ahead.
+        maps: a list to which each block adds where it looked, (B, H, n, t)."""
         n = x.shape[1]
         t = n + past[0][0].length if past else n
         seen = causal_keep(n, t - n, x.device)  # (n, t)
@@ -188,7 +203,9 @@ class Stack(nn.Module):
         x = self.drop(x * self.width**0.5)
         distance = [d[:, -t:] for _, d in past] if past else self.distances(n)  # (H, t, D) each
         for i, block in enumerate(self.blocks):
-            x = block(x, distance[i], seen, past[i][0] if past else None)
+            x, weights = block(x, distance[i], seen, past[i][0] if past else None)
+            if maps is not None:
+                maps.append(weights)
         return self.norm(x)
 
 
@@ -234,12 +251,16 @@ class UnitDecoder(nn.Module):
         history = self.unit_embed(units.clamp(min=0))  # (B, U, C)
         if history_keep is not None:
             history = history.masked_fill(~history_keep[..., None], 0.0)
-        x = self.lm(torch.cat([prompt, history], 1), F.pad(keep, (0, units.shape[1]), value=True))
+        x, maps = torch.cat([prompt, history], 1), list[Tensor]()
+        x = self.lm(x, F.pad(keep, (0, units.shape[1]), value=True), maps=maps)
         logits = self.head(x[:, prompt.shape[1] - 1 :]).float()  # (B, 1+U, units+1)
         target = F.pad(units, (0, 1), value=IGNORE)  # (B, 1+U)
         target.scatter_(1, (units != IGNORE).sum(1, keepdim=True), self.config.units)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
-        return UnitDecoderOutput(logits, target, loss)
+        N, rows = text_ids.shape[1], slice(prompt.shape[1] - 1, None)
+        at = 2 + (torch.arange(N, device=keep.device) - keep.sum(1, keepdim=True) + 3) % N  # (B, N)
+        at = at[:, None, None].expand(-1, maps[0].shape[1], logits.shape[1], -1)
+        return UnitDecoderOutput(logits, target, loss, [m[:, :, rows].gather(3, at) for m in maps])
 
     def prompt(
         self, text_ids: Tensor, text_keep: Tensor | None, audio: Tensor | None, speaker: Tensor

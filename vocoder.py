@@ -38,8 +38,13 @@ class Vocoder(nn.Module):
 
 def load_vocoder(bundle: Path) -> Vocoder:
     """bundle/flow and bundle/hift, folders of our own, in eval mode."""
+    return Vocoder(load_flow(bundle), load_hift(bundle)).eval()
+
+
+def load_flow(bundle: Path) -> Flow:
+    """bundle/flow in eval mode."""
     config = as_config(FlowConfig, read_config(bundle / "flow"), str(bundle / "flow"))
-    return Vocoder(load_model(Flow(config), bundle / "flow"), load_hift(bundle)).eval()
+    return load_model(Flow(config), bundle / "flow")
 
 
 def load_hift(bundle: Path) -> HiFT:

@@ -186,6 +186,19 @@ def test_padded_batch_equals_single_items(regulator: str) -> None:
         assert (together[i, :, f:] == SILENCE).all()
 
 
+@pytest.mark.parametrize("public", [False, True])
+def test_length_of_the_mel_can_be_asked_for(public: bool) -> None:
+    model = small(**({"attention_bias": "add01", "masked_norm": False} if public else {}))
+    units, lengths, speaker = batch([6, 3])
+    wanted = torch.tensor([13, 25])
+    mel, mel_len = model.sample(units, lengths, speaker, steps=0, mel_len=wanted)
+    assert mel_len.tolist() == wanted.tolist()
+    for i, f in enumerate(wanted.tolist()):
+        row = units[i : i + 1, : lengths[i]], lengths[i : i + 1], speaker[i : i + 1]
+        mu, _ = model.mu(row[0], row[1], wanted[i : i + 1], row[2])
+        close(mel[i : i + 1, :, :f], mu * TINY.mel_std + TINY.mel_mean)
+
+
 def test_public_padded_batch_is_sampled_item_by_item() -> None:
     model = small(attention_bias="add01", masked_norm=False)
     units, lengths, speaker = batch([9, 5])
@@ -207,6 +220,9 @@ def test_padding_does_not_leak_into_the_loss() -> None:
     units[1, 5:], mel[1, :, int(mel_len[1]) :] = 3, 1e4
     assert torch.equal(loss.total, model.loss(units, lengths, mel, *rest).total)
     assert torch.isclose(loss.total, loss.flow + TINY.prior_weight * loss.prior)
+    alone = model.loss(units, lengths, mel, *rest, prior_only=True)
+    assert alone.total == alone.prior == loss.prior
+    assert alone.flow == 0
 
 
 def test_guidance_in_one_batch_equals_two_calls() -> None:

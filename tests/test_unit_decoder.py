@@ -186,7 +186,8 @@ def test_attention_is_the_closed_form(n: int, t: int) -> None:
     torch.nn.init.normal_(attn.bias_v)
     x = torch.randn(1, t, C)
     distance = attn.pos(sinusoids(t, C, x.device)).view(t, H, -1).transpose(0, 1)
-    ours = attn(x, distance, torch.ones(t, t, dtype=torch.bool).tril(), None)[0, t - n :]
+    ours, weights = attn(x, distance, torch.ones(t, t, dtype=torch.bool).tril(), None)
+    ours = ours[0, t - n :]
     q, k, v = (f(x)[0].view(t, H, -1) for f in (attn.q, attn.k, attn.v))
     w = 10000 ** (-torch.arange(0, C, 2) / C)
     rows = []
@@ -196,6 +197,7 @@ def test_attention_is_the_closed_form(n: int, t: int) -> None:
         position = ((q[i] + attn.bias_v) * attn.pos(R).view(i + 1, H, -1)).sum(-1)
         score = ((q[i] + attn.bias_u) * k[: i + 1]).sum(-1) + position  # (keys, H)
         weight = (score / (C // H) ** 0.5).softmax(0)
+        assert close(weights[0, :, i, : i + 1], weight.T)
         rows.append((weight[..., None] * v[: i + 1]).sum(0).flatten())
     assert close(ours, attn.out(torch.stack(rows)))
 
@@ -307,6 +309,10 @@ def test_batch_gives_what_single_items_give(b: int, text_only: bool) -> None:
     text, nothing, audio, speaker, units = item(b, *batch(b))
     single = tiny()(text, nothing, None if text_only else audio, speaker, units)
     assert close(out.logits[b, : U[b] + 1], single.logits[0])
+    assert len(out.maps) == TINIER.lm_blocks
+    for many, one in zip(out.maps, single.maps, strict=True):
+        assert one[0].shape == (TINIER.heads, U[b] + 1, N[b])
+        assert close(many[b, :, : U[b] + 1, : N[b]], one[0])
     assert out.target[b, : U[b] + 1].tolist() == single.target[0].tolist()
 
 
