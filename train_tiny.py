@@ -84,8 +84,8 @@ STEPS = {
     "speaker": 500,
     "flow": 8000,
     "f0": 2500,
-    "hift": 4000,
-    "lm": 1200,
+    "hift": 6000,
+    "lm": 3000,
 }
 
 
@@ -508,8 +508,8 @@ def train_f0(cfg: Config, device: torch.device) -> None:
 
 
 def train_hift(cfg: Config, device: torch.device) -> None:
-    """True F0 drives the source; STFT and mel distance, and discriminators if --adversarial. Half
-    of the mels are the flow's."""
+    """True F0 drives the source; STFT and mel distance, and discriminators if --adversarial. In the
+    second half of the steps every second mel is the flow's."""
     train, dev = (builtin(synth.load(n_train=cfg.utterances), name) for name in ("train", "dev"))
     made = flow_features(cfg, train[:MATCHED])
     model, judges = HiFT(HIFT).to(device), Judges(TINY_JUDGES).to(device)
@@ -517,7 +517,8 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     judge_opt = torch.optim.Adam(judges.parameters(), betas=(0.8, 0.99))
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
-        wav, mel = (x.to(device) for x in random_crops(train, made, 16, 32))
+        true = 8 if 2 * step > steps else 16
+        wav, mel = (x.to(device) for x in random_crops(train, made, true, 16 - true))
         fake = model(mel, f0=mel_pitch(wav))
         full = audio.vocoder_mel(torch.cat([wav, fake]), None)
         losses = {"stft": stft_loss(fake, wav), "mel": (full[:16] - full[16:]).abs().mean()}
@@ -548,20 +549,20 @@ def train_hift(cfg: Config, device: torch.device) -> None:
     save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
 
 
-def random_crops(items: list[Item], made: Ragged, n: int, frames: int) -> tuple[Tensor, Tensor]:
-    """wav (n, 256 frames) from random places, mel (n, 80, frames): true ones, then the flow's."""
-    wavs, mels = [], []
-    for k in range(n):
-        i = int(torch.randint(len(items) if k < n // 2 else len(made), ()))
+def random_crops(items: list[Item], made: Ragged, true: int, other: int) -> tuple[Tensor, Tensor]:
+    """wav (B, 32 frames) at 22.05 kHz from random places, mel (B, 80, 32): `true` ones of the wav,
+    then `other` ones that the flow made."""
+    wavs, mels, size = [], [], 32 * audio.VOCODER_HOP
+    for k in range(true + other):
+        i = int(torch.randint(len(items) if k < true else len(made), ()))
         wav = items[i].wav(audio.VOCODER_RATE)
-        first = int(torch.randint(max(1, len(wav) // audio.VOCODER_HOP - frames), ()))
-        wav = wav[first * audio.VOCODER_HOP :][: frames * audio.VOCODER_HOP]
-        wavs.append(F.pad(wav, (0, frames * audio.VOCODER_HOP - len(wav))))
-        mel = audio.vocoder_mel(wavs[-1])  # (80, frames)
-        if k >= n // 2:
-            part = made.get("mel", i).float().T[:, first : first + frames]
-            mel = F.pad(part, (0, frames - part.shape[1]), value=SILENCE)
-        mels.append(mel)
+        first = int(torch.randint(max(1, len(wav) // audio.VOCODER_HOP - 32), ()))
+        wav = wav[first * audio.VOCODER_HOP :][:size]
+        wavs.append(F.pad(wav, (0, size - len(wav))))
+        mels.append(audio.vocoder_mel(wavs[-1]))  # (80, 32)
+        if k >= true:
+            mel = made.get("mel", i).float().T[:, first : first + 32]
+            mels[-1] = F.pad(mel, (0, 32 - mel.shape[1]), value=SILENCE)
     return torch.stack(wavs), torch.stack(mels)
 
 
@@ -573,7 +574,7 @@ def mel_pitch(wav: Tensor) -> Tensor:
 
 
 def train_flow(cfg: Config, device: torch.device) -> None:
-    """Units and voice vectors of the models above -> mel: first mu alone, then the flow too."""
+    """Units and voice vectors of the models above -> mel: first mu, then the flow on top of it."""
     asr = tokenizer(cfg, "asr")
     train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
     frontend = UnitFrontend(cfg.out)
@@ -609,6 +610,8 @@ def train_flow(cfg: Config, device: torch.device) -> None:
     def update(step: int, steps: int) -> dict[str, Tensor]:
         first = round(PRIOR_SHARE * steps)
         begin, end = (0, first) if step <= first else (first, steps)
+        for part in (model.encoder, model.project, model.regulator):
+            part.requires_grad_(step <= first)  # mu stays, and with it what f0 and hift learn of it
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             losses = loss_of(train_stores, batches(step), step <= first)
         lr = cosine(step - begin, end - begin, 1.5e-3, 200, floor=0.1)

@@ -65,7 +65,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
-FSQ_WEIGHT = 0.25  # lambda; the TASLA paper does not give it
+QUANTIZER_WEIGHT = 0.25  # lambda; the TASLA paper does not give it, TASTE's is 1
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
 
@@ -79,8 +79,8 @@ def build(cfg: Config, frontend: Frontend) -> SpeechTokenizer:
         replace(UNIT_DECODER, dropout=0.0),
         cfg.quantizer,
         replace(FSQ, d=cfg.fsq_channels),
-        replace(RVQ, codebook_size=512),
-        1.0 if cfg.quantizer == "rvq" else FSQ_WEIGHT,
+        replace(RVQ, codebook_size=512, dead_code_threshold=0.02),
+        QUANTIZER_WEIGHT,
     )
     model = SpeechTokenizer(config)
     ours, theirs = model.aggregator.decoder.state_dict(), frontend.decoder.state_dict()
