@@ -153,15 +153,19 @@ class Generated:
     words: list[str]  # W
     codes: Tensor  # (W, Q) int64
     ended: bool  # False: cut off by max_steps
+    glue: str = ""  # what comes first and ends the last word of the prompt: a full stop, or nothing
 
 
 class Talk:
     """The book-keeping of one utterance while it is generated: whose codes are heard now?"""
 
-    def __init__(self, codes: list[Tensor], delay: int, extra_words: int, steps: int) -> None:
-        """codes: of the words of the prompt, (Q,) each; those of new words are put behind."""
+    def __init__(
+        self, codes: list[Tensor], delay: int, extra_words: int, steps: int, goes_on: bool = False
+    ) -> None:
+        """codes: of the words of the prompt, (Q,) each; those of new words are put behind.
+        goes_on: the first token may end the last word of the prompt, and begin no word."""
         self.codes, self.first, self.delay = codes, len(codes), delay
-        self.extra_words, self.steps = extra_words, steps
+        self.extra_words, self.steps, self.goes_on = extra_words, steps, goes_on
         self.ids: list[int] = []
         self.word_ids: list[int] = []
         self.words = self.waited = 0  # words begun, rows behind the text
@@ -176,12 +180,21 @@ class Talk:
     def done(self) -> bool:
         return self.waited == self.delay
 
+    def never(self, sets: VocabularySets) -> Tensor:
+        """Tokens (V,) bool that cannot come next."""
+        if self.blank:
+            return sets.banned | sets.word_start
+        if self.words or not self.goes_on:
+            return sets.banned
+        may_end = not self.ids and self.steps > 1  # one full stop, and no letters: it was a word
+        return sets.banned | ~(sets.word_start | sets.sentence_end & may_end)
+
     def push(self, token: int, sets: VocabularySets) -> bool:
         """The next text token, or what you like while waiting -> does a word begin?"""
         if self.waiting:
             self.waited += 1
             return True
-        begins = not self.ids or bool(sets.word_start[token])
+        begins = bool(sets.word_start[token]) or not (self.ids or self.goes_on)
         full = self.words >= self.extra_words and bool(sets.sentence_end[token])
         full |= self.words >= 3 * self.extra_words  # counted without this token
         self.words += begins
@@ -197,10 +210,9 @@ class Talk:
         word_ids = torch.tensor(self.word_ids)
         words = [tokenizer.decode(ids[word_ids == w].tolist()) for w in range(self.words)]
         assert len(words) == len(codes), (words, codes.shape)
-        words = [word.strip() for word in words]
-        return Generated(
-            ids, word_ids, tokenizer.decode(self.ids).strip(), words, codes, self.ended
-        )
+        words, glue = [w.strip() for w in words], tokenizer.decode(ids[word_ids < 0].tolist())
+        text = tokenizer.decode(self.ids).strip()
+        return Generated(ids, word_ids, text, words, codes, self.ended, glue.strip())
 
 
 @torch.inference_mode()
@@ -223,14 +235,14 @@ def generate(
     steps = min(steps, model.config.llm.max_tokens - rows.shape[1] - delay)
     if extra_words < 1 or steps < 1:
         raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {rows.shape[1]} rows")
-    talk = Talk(prompt.history(rows.device), delay, extra_words, steps)
+    goes_on = prompt.ids is not None and prompt.prefix is None and not sampling.faithful
+    talk = Talk(prompt.history(rows.device), delay, extra_words, steps, goes_on)
     caches = model.llm.new_caches(rows.shape[1] + steps + delay)
-    banned, starts = sets.banned.to(rows.device), sets.word_start.to(rows.device)
     while True:
         hidden = model.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
         token, text = IGNORE, model.pad_text[None]  # behind the last word, as in training
         if not talk.waiting:
-            never = banned | starts if talk.blank else banned
+            never = talk.never(sets).to(rows.device)
             logits = model.llm.logits(hidden).float().masked_fill(never, -torch.inf)
             chosen = next_text(logits, said, sampling, rng)  # (1,)
             said[:, chosen], token = True, int(chosen)

@@ -55,6 +55,7 @@ class FlowConfig:
     mel_std: float = 1.0
     prior_weight: float = 0.0  # of |mu - x| in the total loss
     speaker_in_mu: bool = False  # mu depends on the voice, so that it can be a mel by itself
+    parts: int = 1  # vectors per unit before stretching: one is coarse if a unit is many frames
 
     def __post_init__(self) -> None:
         for wrong, wanted in (
@@ -63,6 +64,7 @@ class FlowConfig:
             (self.regulator not in ("nearest", "linear", "split"), "nearest, linear or split"),
             (self.attention_bias not in ("add01", "mask"), "attention_bias add01 or mask"),
             (self.mel_std <= 0 or self.unit_rate <= 0, "mel_std and unit_rate above 0"),
+            (self.parts < 1 or (self.parts > 1 and self.regulator == "split"), "parts=1 to split"),
         ):
             if wrong:
                 raise ValueError(f"the flow needs {wanted}, got {self}")
@@ -76,7 +78,7 @@ TINY = FlowConfig(  # 25 Hz units; the second half is ours
     units=1024, width=128, blocks=3, heads=4, ffn=256, speaker=64, channels=(64, 80),
     estimator_heads=4, head_width=32, stage_blocks=1, mid_stages=2, unit_rate=25,
     regulator="linear", attention_bias="mask", masked_norm=True, dropout=0.0,
-    mel_mean=-6.6, mel_std=2.8, prior_weight=1.0, speaker_in_mu=True,
+    mel_mean=-6.6, mel_std=2.8, prior_weight=1.0, speaker_in_mu=True, parts=4,
 )  # fmt: skip
 
 
@@ -258,7 +260,7 @@ class Flow(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config, M = config, config.mels
-        self.encoder, self.project = UnitEncoder(config), nn.Linear(config.width, M)
+        self.encoder, self.project = UnitEncoder(config), nn.Linear(config.width, config.parts * M)
         blocks = [ConvBlock(M, M, 1, config.masked_norm) for _ in range(4)]
         self.regulator = nn.ModuleList([*blocks, nn.Conv1d(M, M, 1)])
         self.speaker, self.estimator = nn.Linear(config.speaker, M), Estimator(config)
@@ -274,12 +276,15 @@ class Flow(nn.Module):
         """units (B, U), lengths (B,), speaker (B, X) -> normalised mu (B, M, F), keep (B, F).
         prompt: the (units, frames) that lead every item; given when sampling, None in training."""
         c, real, keep = self.config, up_to(unit_len), up_to(mel_len)
-        x = self.project(self.encoder(units[:, : real.shape[1]], real, speaker)).mT  # (B, M, U)
+        x = self.project(self.encoder(units[:, : real.shape[1]], real, speaker))  # (B, U, parts M)
+        x = x.unflatten(2, (c.parts, -1)).flatten(1, 2).mT  # (B, M, U parts)
         kind = "linear" if c.regulator == "split" and prompt is None else c.regulator
         how = kind, prompt or (0, 0), c.frames(EDGE)
         if c.masked_norm:
             items = zip(x, unit_len.tolist(), mel_len.tolist(), strict=True)
-            rows = [stretch(y[None, :, :u], f, *how)[0].mT for y, u, f in items]  # (F, M) each
+            rows = [
+                stretch(y[None, :, : u * c.parts], f, *how)[0].mT for y, u, f in items
+            ]  # (F, M) each
             x = nn.utils.rnn.pad_sequence(rows, batch_first=True).mT  # (B, M, F)
         else:  # Quirk: one ratio for the whole batch, so padding changes the timing
             x = stretch(x, keep.shape[1], *how)  # (B, M, F)
@@ -296,17 +301,12 @@ class Flow(nn.Module):
     def loss(
         self, units: Tensor, unit_len: Tensor, mel: Tensor, mel_len: Tensor, speaker: Tensor,
         prompt_len: Tensor | None = None, t: Tensor | None = None, noise: Tensor | None = None,
-        cfg_keep: Tensor | None = None, prior_only: bool = False,
+        cfg_keep: Tensor | None = None,
     ) -> FlowLoss:  # fmt: skip
         """units (B, U), log-mel (B, M, F), lengths (B,), speaker (B, X); the first prompt_len (B,)
-        frames are shown. Drawn if None: t (B,), noise (B, M, F), cfg_keep (B,), True = sees c.
-        prior_only: |mu - x| alone, at a fifth of the cost: a start for the rest."""
+        frames are shown. Drawn if None: t (B,), noise (B, M, F), cfg_keep (B,), True = sees c."""
         mu, keep = self.mu(units, unit_len, mel_len, speaker)
         x = masked((mel[..., : mu.shape[2]] - self.config.mel_mean) / self.config.mel_std, keep)
-        n = keep.sum() * x.shape[1]
-        prior = (mu - x).abs().sum() / n
-        if prior_only:
-            return FlowLoss(prior, torch.zeros_like(prior), prior)
         z = torch.randn_like(x) if noise is None else noise
         draw = torch.rand(2, len(x), device=x.device)
         t = 1 - torch.cos(draw[0] * math.pi / 2) if t is None else t
@@ -316,7 +316,9 @@ class Flow(nn.Module):
         u = x - (1 - SIGMA) * z  # the velocity to learn, constant along the path
         y = z + t[:, None, None] * u
         v = self.velocity(y, keep, mu * on, t, self.voice(speaker) * on[:, 0], prompt * on)
+        n = keep.sum() * x.shape[1]
         flow = masked(v - u, keep).square().sum() / n
+        prior = (mu - x).abs().sum() / n
         return FlowLoss(flow + self.config.prior_weight * prior, flow, prior)
 
     def integrate(self, x: Tensor, keep: Tensor, c: list[Tensor], steps: int, g: float) -> Tensor:

@@ -43,6 +43,7 @@ class Speech:
     words: list[str]
     codes: Tensor | None  # (W, Q) int64; None: text only
     voice: Tensor  # (X,)
+    glue: str = ""  # ends the last word of what it is joined to
 
     @property
     def text(self) -> str:
@@ -50,10 +51,11 @@ class Speech:
 
     def join(self, other: "Speech") -> "Speech":
         """Both, one after the other, in the voice of the other."""
-        if self.codes is None or other.codes is None:
-            return replace(other, words=self.words + other.words, codes=None)
-        codes = torch.cat([self.codes.to(other.codes.device), other.codes])
-        return replace(other, words=self.words + other.words, codes=codes)
+        words = [*self.words[:-1], *(w + other.glue for w in self.words[-1:]), *other.words]
+        codes = None
+        if self.codes is not None and other.codes is not None:
+            codes = torch.cat([self.codes.to(other.codes.device), other.codes])
+        return Speech(words, codes, other.voice)
 
     def part(self, first: int, last: int) -> "Speech":
         codes = None if self.codes is None else self.codes[first:last]
@@ -248,4 +250,4 @@ class Pipeline:
             ids, word_ids = torch.tensor(row.llm_ids), torch.tensor(row.llm_word_ids)
             start = Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
         out = generate(self.lm, self.sets, start, sampling, extra_words, rng=rng)
-        return Speech(out.words, out.codes.cpu(), voice), out.ended
+        return Speech(out.words, out.codes.cpu(), voice, out.glue), out.ended

@@ -95,7 +95,8 @@ def main() -> None:
         sampling = Sampling(cfg.temperature, cfg.top_p, 1.0, cfg.code_temperature)
         voice = default_voice(pipeline, cfg.bundle) if speech is None else speech.voice
         new, ended = pipeline.reply(speech, cfg.words, sampling, voice, rng)
-        print(f"continuation  {new.text}{'' if ended else ' ...'}")
+        said = f"{new.glue} {new.text}".strip()
+        print(f"continuation  {said}{'' if ended else ' ...'}")
         speech = new if speech is None else speech.join(new)
     spoken, stopped = pipeline.speak(speech, rng)
     audio.write(cfg.out, spoken, audio.VOCODER_RATE)

@@ -6,8 +6,8 @@
     asr      Whisper encoder + decoder        words, phones, word-aligned attention
     s3       S3 units, 25 Hz                  phones, relative pitch, voicing, log-mel of each unit
     speaker  CAM++                            which voice
-    flow     units + voice -> mel             direct regression, then flow matching too
     f0       mel -> F0, a part of HiFT        mean error in Hz
+    flow     units + voice -> mel             direct regression with pitch, then flow matching
     hift     mel -> wav                       STFT and mel distance, discriminators if asked
     lm       Llama over text                  next token
 
@@ -73,17 +73,17 @@ from whisper_enc import TINY as ENCODER
 from whisper_enc import WhisperEncoder
 
 FRAME_S = 0.01  # seconds per mel frame
-STAGES = ("asr", "s3", "speaker", "flow", "f0", "hift", "lm")
+STAGES = ("asr", "s3", "speaker", "f0", "flow", "hift", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
 FP16 = torch.float16  # of the files; everything computes in fp32
-PRIOR_SHARE = 0.5  # of flow's steps, the first ones, that only regress the mel
-MATCHED = 2000  # utterances whose mels the flow makes for f0 and hift
+MU_SHARE = 0.7  # of flow's steps, the first ones, that only regress the mel
+MATCHED = 2000  # utterances whose mels the flow makes for hift
 STEPS = {
     "asr": 10000,
     "s3": 5000,
     "speaker": 500,
-    "flow": 8000,
     "f0": 2500,
+    "flow": 11500,
     "hift": 6000,
     "lm": 3000,
 }
@@ -448,6 +448,98 @@ def vocoder_features(items: list[Item]) -> Ragged:
     return prepare(items, compute, tag, f"vocoder features of {items[0].key[:-6]}")
 
 
+def train_f0(cfg: Config, device: torch.device) -> None:
+    """HiFT's F0 predictor. No gradient of the waveform reaches it, so it is trained by itself."""
+    corpus = synth.load(n_train=cfg.utterances)
+    train, dev = (vocoder_features(builtin(corpus, name)) for name in ("train", "dev"))
+    model = HiFT(HIFT).f0.to(device)
+    out: dict[str, Any] = {"params": model.out.parameters(), "scale": 50}  # large, as its Hz are
+    opt = torch.optim.Adam([{"params": model.convs.parameters()}, out], betas=(0.9, 0.99))
+    batches = Batches(train.lengths("f0"), 16, cfg.seed)
+
+    def guess(store: Ragged, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """-> predicted, true F0 (B, F), true -1 at padding"""
+        mel = pad([store.get("mel", i).float() for i in indices], SILENCE)[0].mT
+        f0 = pad([store.get("f0", i).float() for i in indices], -1)[0]
+        return model(mel.to(device)), f0.to(device)
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        found, f0 = guess(train, batches(step))
+        loss = (found - f0)[f0 >= 0].abs().mean()  # Hz
+        norm = descend(loss / 100, opt, cosine(step, steps, 2e-3, 50))
+        return {"hz": loss, "norm": norm}
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        rows = [(f, g) for i in range(len(dev)) for f, g in [guess(dev, [i])]]
+        found = [correlation(g[g > 0].cpu(), f[g > 0].cpu()) for f, g in rows]
+        gross = torch.cat([((f - g).abs() > 0.2 * g)[g > 0] for f, g in rows])
+        return {"dev_f0": mean_and_error(found)[0], "dev_gross": float(gross.float().mean())}
+
+    fit(cfg, "f0", {"model": model, "opt": opt}, update, check)
+    save_model(cfg.runs / "f0", model, HIFT, FP16)  # flow learns pitch from it, hift contains it
+
+
+def train_flow(cfg: Config, device: torch.device) -> None:
+    """Units and voice vectors of the models above -> mel: first mu, then the flow on top of it.
+
+    mu should also have the pitch that the F0 predictor of HiFT reads in true mels: harmonics are a
+    small part of |mu - x|, and regression blurs them first."""
+    corpus, frontend = synth.load(n_train=cfg.utterances), UnitFrontend(cfg.out)
+    stores = {}
+    for name in ("train", "dev"):
+        items = builtin(corpus, name)
+        heard = unit_features(items, frontend, digest(items), f"units of {name}")
+        stores[name] = heard, vocoder_features(items)
+    model, predictor = Flow(FLOW).to(device), HiFT(HIFT).f0.to(device)
+    load_model(predictor, cfg.runs / "f0").requires_grad_(False)
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    batches = Batches(stores["train"][0].lengths("units"), 16, cfg.seed)
+
+    def losses_of(split: str, indices: list[int], only_mu: bool) -> dict[str, Tensor]:
+        heard, said = stores[split]
+        units, unit_len = pad([heard.get("units", i).long() for i in indices])
+        mel, mel_len = pad([said.get("mel", i).float() for i in indices], SILENCE)
+        voice = torch.cat([heard.get("voice", i) for i in indices])
+        f0 = pad([said.get("f0", i).float() for i in indices], -1)[0].to(device)
+        units, unit_len, mel, mel_len, voice = (
+            x.to(device) for x in (units, unit_len, mel.mT, mel_len, voice)
+        )
+        if not only_mu:
+            return {"flow": model.loss(units, unit_len, mel, mel_len, voice).flow}
+        mu, keep = model.mu(units, unit_len, mel_len, voice)
+        mu = FLOW.mel_mean + FLOW.mel_std * mu  # (B, M, F)
+        with torch.autocast(device.type, enabled=False):
+            hz = predictor(mu.masked_fill(~keep[:, None], SILENCE))
+        off = (mu - mel).abs().mT[keep].mean() / FLOW.mel_std
+        return {"prior": off, "pitch": (hz - f0)[keep].abs().mean() / 100}
+
+    def update(step: int, steps: int) -> dict[str, Tensor]:
+        first = round(MU_SHARE * steps)
+        begin, end = (0, first) if step <= first else (first, steps)
+        for part in (model.encoder, model.project, model.regulator):
+            part.requires_grad_(step <= first)  # mu stays, and with it what hift learns of it
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+            losses = losses_of("train", batches(step), step <= first)
+        lr = cosine(step - begin, end - begin, 1.5e-3, 200, floor=0.1)
+        norm = descend(torch.stack([*losses.values()]).sum(), opt, lr)
+        return losses | {"norm": norm}
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        model.eval()
+        parts = [
+            losses_of("dev", part, True) | losses_of("dev", part, False)
+            for part in chunks(range(len(stores["dev"][0])), 25)
+        ]
+        model.train()
+        return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
+
+    fit(cfg, "flow", {"model": model, "opt": opt}, update, check)
+    # at this length of training mu alone is clearer than what the flow makes of noise
+    save_model(cfg.out / "flow", model, replace(FLOW, steps=0), FP16)
+
+
 def flow_features(cfg: Config, items: list[Item]) -> Ragged:
     """mel (F, 80) fp16 of the units of each utterance, frame by frame beside the true one: what
     HiFT is given in use. [HiFi-GAN, arXiv:2010.05646, sec. 4.4: fine-tuning on such mels]"""
@@ -463,48 +555,6 @@ def flow_features(cfg: Config, items: list[Item]) -> Ragged:
 
     tag = f"flow 1 {digest(items)} {frontend.digest} {weights[:16]} {flow.config}"
     return prepare(items, compute, tag, f"mels of the flow for {items[0].key[:-6]}")
-
-
-def train_f0(cfg: Config, device: torch.device) -> None:
-    """HiFT's F0 predictor, on true mels and on the flow's. No gradient of the waveform reaches it,
-    so it is trained by itself."""
-    items = {name: builtin(synth.load(n_train=cfg.utterances), name) for name in ("train", "dev")}
-    true = {name: vocoder_features(items[name]) for name in items}
-    made = {name: flow_features(cfg, items[name][:MATCHED]) for name in items}
-    model = HiFT(HIFT).f0.to(device)
-    out: dict[str, Any] = {"params": model.out.parameters(), "scale": 50}  # large, as its Hz are
-    opt = torch.optim.Adam([{"params": model.convs.parameters()}, out], betas=(0.9, 0.99))
-    some = Batches(made["train"].lengths("mel"), 16, cfg.seed)
-    every = Batches(true["train"].lengths("f0"), 16, cfg.seed)
-
-    def guess(mels: Ragged, split: str, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """-> predicted, true F0 (B, F), true -1 at padding"""
-        mel = pad([mels.get("mel", i).float() for i in indices], SILENCE)[0].mT
-        f0 = pad([true[split].get("f0", i).float() for i in indices], -1)[0]
-        return model(mel.to(device)), f0.to(device)
-
-    def update(step: int, steps: int) -> dict[str, Tensor]:
-        source, batches = (made, some) if step % 2 else (true, every)
-        found, f0 = guess(source["train"], "train", batches(step))
-        loss = (found - f0)[f0 >= 0].abs().mean()  # Hz
-        norm = descend(loss / 100, opt, cosine(step, steps, 2e-3, 50))
-        return {"hz": loss, "norm": norm}
-
-    @torch.no_grad()
-    def check() -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, mels in (("true", true["dev"]), ("flow", made["dev"])):
-            rows = [(f, g) for i in range(len(mels)) for f, g in [guess(mels, "dev", [i])]]
-            found = [correlation(g[g > 0].cpu(), f[g > 0].cpu()) for f, g in rows]
-            gross = torch.cat([((f - g).abs() > 0.2 * g)[g > 0] for f, g in rows])
-            values |= {
-                f"{name}_f0": mean_and_error(found)[0],
-                f"{name}_gross": float(gross.float().mean()),
-            }
-        return values
-
-    fit(cfg, "f0", {"model": model, "opt": opt}, update, check)
-    save_model(cfg.out / "f0", model, HIFT, FP16)
 
 
 def train_hift(cfg: Config, device: torch.device) -> None:
@@ -545,7 +595,7 @@ def train_hift(cfg: Config, device: torch.device) -> None:
 
     state = {"model": model, "judges": judges, "opt": opt, "judge_opt": judge_opt}
     fit(cfg, "hift", state, update, check)
-    load_model(model.f0, cfg.out / "f0")
+    load_model(model.f0, cfg.runs / "f0")
     save_model(cfg.out / "hift", model.fold(), HIFT, FP16)
 
 
@@ -571,63 +621,6 @@ def mel_pitch(wav: Tensor) -> Tensor:
     which lies half a hop later than that of pitch()."""
     half = audio.VOCODER_HOP // 2
     return pitch(F.pad(wav[:, half:], (0, half)), audio.VOCODER_RATE, audio.VOCODER_HOP)
-
-
-def train_flow(cfg: Config, device: torch.device) -> None:
-    """Units and voice vectors of the models above -> mel: first mu, then the flow on top of it."""
-    asr = tokenizer(cfg, "asr")
-    train, dev = load_corpus(cfg, "train", asr), load_corpus(cfg, "dev", asr)
-    frontend = UnitFrontend(cfg.out)
-
-    def compute(item: Item) -> dict[str, Tensor]:
-        return {"target": audio.vocoder_mel(item.wav(audio.VOCODER_RATE)).T.half()}
-
-    def stores(corpus: Corpus, what: str) -> tuple[Ragged, Ragged]:
-        tag = digest(corpus.items)
-        return (
-            unit_features(corpus.items, frontend, tag, f"units of {what}"),
-            prepare(corpus.items, compute, f"vocoder mel 1 {tag}", f"mels of {what}"),
-        )
-
-    train_stores, dev_stores = stores(train, "train"), stores(dev, "dev")
-    model = Flow(FLOW).to(device)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    batches = Batches(train_stores[0].lengths("units"), 16, cfg.seed)
-
-    def loss_of(
-        stores: tuple[Ragged, Ragged], indices: list[int], prior_only: bool
-    ) -> dict[str, Tensor]:
-        heard, target = stores
-        units, unit_len = pad([heard.get("units", i).long() for i in indices])
-        mel, mel_len = pad([target.get("target", i).float() for i in indices], SILENCE)
-        voice = torch.cat([heard.get("voice", i) for i in indices])
-        units, unit_len, mel, mel_len, voice = (
-            x.to(device) for x in (units, unit_len, mel.mT, mel_len, voice)
-        )
-        losses = model.loss(units, unit_len, mel, mel_len, voice, prior_only=prior_only)
-        return losses._asdict()
-
-    def update(step: int, steps: int) -> dict[str, Tensor]:
-        first = round(PRIOR_SHARE * steps)
-        begin, end = (0, first) if step <= first else (first, steps)
-        for part in (model.encoder, model.project, model.regulator):
-            part.requires_grad_(step <= first)  # mu stays, and with it what f0 and hift learn of it
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
-            losses = loss_of(train_stores, batches(step), step <= first)
-        lr = cosine(step - begin, end - begin, 1.5e-3, 200, floor=0.1)
-        norm = descend(losses["total"], opt, lr)
-        return losses | {"norm": norm}
-
-    @torch.no_grad()
-    def check() -> dict[str, float]:
-        model.eval()
-        parts = [loss_of(dev_stores, part, False) for part in chunks(range(len(dev.items)), 25)]
-        model.train()
-        return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
-
-    fit(cfg, "flow", {"model": model, "opt": opt}, update, check)
-    # at this length of training mu alone is clearer than what the flow makes of noise
-    save_model(cfg.out / "flow", model, replace(FLOW, steps=0), FP16)
 
 
 def train_lm(cfg: Config, device: torch.device) -> None:
@@ -666,7 +659,7 @@ def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
-    trainers = train_asr, train_s3, train_speaker, train_flow, train_f0, train_hift, train_lm
+    trainers = train_asr, train_s3, train_speaker, train_f0, train_flow, train_hift, train_lm
     for name, train in zip(STAGES, trainers, strict=True):
         if cfg.only in ("all", name):
             torch.manual_seed(cfg.seed)

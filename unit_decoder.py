@@ -30,6 +30,7 @@ from kv_cache import KVCache, causal_keep
 IGNORE = -1  # pads units and targets: 0 is a real unit
 MAX_TIME = 10000.0  # longest period of R, in positions / 2 pi
 INIT_STD = 0.02  # of every weight matrix and embedding
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,14 @@ class RelativeAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.v = nn.Linear(width, width), nn.Linear(width, width)
-        self.k = nn.Linear(
-            width, width
-        )  # Quirk: public files have its bias, the softmax cancels it
+        # Quirk: public files have the bias of k, though the softmax cancels it
+        self.k = nn.Linear(width, width)
         self.pos = nn.Linear(width, width, bias=False)
         self.bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Pair:
         """x (B, n, C); distance (H, t, D), W_pos R; seen (B or 1, 1, n, t) bool -> (B, n, C), and
         where each position looked, (B, H, n, t)."""
         qkv = (f(x).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))
@@ -145,9 +143,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.act, self.drop = act, nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Pair:
         """x (B, n, C) -> (B, n, C): pre-norm attention, then pre-norm feed-forward; weights."""
         y, weights = self.attn(self.norm1(x), distance, seen, cache)
         x = x + self.drop(y)
@@ -182,12 +178,9 @@ class Stack(nn.Module):
         return [(KVCache(max_len), distance) for distance in self.distances(max_len)]
 
     def forward(
-        self,
-        x: Tensor,
-        keep: Tensor | None = None,
-        past: Past | None = None,
+        self, x: Tensor, keep: Tensor | None = None, past: Past | None = None,
         maps: list[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """x (B, n, inputs), the next n positions -> (B, n, C). keep (B, t): which keys are real.
 
         Without `past` t = n. Padding on the right needs no keep: nothing real looks ahead.
@@ -232,14 +225,9 @@ class UnitDecoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self,
-        text_ids: Tensor,
-        text_keep: Tensor | None,
-        audio: Tensor | None,
-        speaker: Tensor,
-        units: Tensor,
-        history_keep: Tensor | None = None,
-    ) -> UnitDecoderOutput:
+        self, text_ids: Tensor, text_keep: Tensor | None, audio: Tensor | None, speaker: Tensor,
+        units: Tensor, history_keep: Tensor | None = None,
+    ) -> UnitDecoderOutput:  # fmt: skip
         """Teacher forcing: the prompt as in `prompt`, units (B, U) int64, padded right with -1.
 
         history_keep (B, U) bool, ours, not the papers': where False, that unit's embedding is zero
@@ -259,7 +247,7 @@ class UnitDecoder(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
         N, rows = text_ids.shape[1], slice(prompt.shape[1] - 1, None)
         at = 2 + (torch.arange(N, device=keep.device) - keep.sum(1, keepdim=True) + 3) % N  # (B, N)
-        at = at[:, None, None].expand(-1, maps[0].shape[1], logits.shape[1], -1)
+        at = at[:, None, None].expand(-1, self.config.heads, logits.shape[1], -1)
         return UnitDecoderOutput(logits, target, loss, [m[:, :, rows].gather(3, at) for m in maps])
 
     def prompt(
@@ -301,21 +289,11 @@ class UnitDecoder(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        text_ids: Tensor,
-        text_keep: Tensor | None,
-        audio: Tensor | None,
-        speaker: Tensor,
-        *,
-        top_k: int = 25,
-        temperature: float = 1.0,
-        min_ratio: float = 2.0,
-        max_ratio: float = 20.0,
-        min_len: int | None = None,
-        max_len: int | None = None,
-        greedy: bool = False,
-        rng: torch.Generator | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
+        self, text_ids: Tensor, text_keep: Tensor | None, audio: Tensor | None, speaker: Tensor,
+        *, top_k: int = 25, temperature: float = 1.0, min_ratio: float = 2.0,
+        max_ratio: float = 20.0, min_len: int | None = None, max_len: int | None = None,
+        greedy: bool = False, rng: torch.Generator | None = None,
+    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
         """The prompt as in `prompt` -> per item (U_b,) int64 without EOS, and stopped (B,) bool:
         True where EOS ended the item, False where its limit did.
 

@@ -1,5 +1,6 @@
 """spoken_lm.py against the golden files of the public system, and against itself uncached."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -492,14 +493,36 @@ def check_answer(
 ) -> None:
     """n: tokens of the prompt. Text and codes of the answer are the argmax of one forward."""
     for i, token in enumerate(out.ids.tolist()):
-        blank = i > 0 and bool(sets.blank[out.ids[i - 1]])
-        never = sets.banned | sets.word_start if blank else sets.banned
+        never = sets.banned
+        if i > 0 and sets.blank[out.ids[i - 1]]:
+            never = never | sets.word_start
+        elif n and (out.word_ids[:i] < 0).all():  # no new word yet
+            never = never | ~(sets.word_start if i else sets.word_start | sets.sentence_end)
         logits = whole.text_logits[0, n + i].masked_fill(never, -torch.inf)
         assert int(logits.argmax()) == token
     labels = whole.layout.code_labels[0]
     asked = (labels[:, 0] != IGNORE).nonzero()[-len(out.codes) :, 0]
     said = model.head.say(whole.hidden[0, asked], model.quantizer, 0.0, None)
     assert torch.equal(said, out.codes)
+
+
+def test_an_answer_may_end_the_last_word_but_not_lengthen_it() -> None:
+    model, sets = tiny(), plain_sets()
+    ids, word_ids, codes = (x[0] for x in batch(model, [[1, 2]], 0))
+    prompts = Prompt(ids, word_ids, codes), Prompt(ids)
+    glues = []
+    for seed, prompt in itertools.product(range(40), prompts):
+        rng = torch.Generator().manual_seed(seed)
+        out = generate(model, sets, prompt, Sampling(9.0, 1.0, 1.0, 1.0), 2, rng=rng)
+        assert sets.word_start[out.ids[0]] or out.ids[0] == 3
+        assert (out.glue == ".") == (out.word_ids[0] == -1) == (out.ids[0] == 3)
+        assert out.word_ids[len(out.glue) :].min() == 0
+        assert len(out.words) == len(out.codes) == out.word_ids.max() + 1
+        assert "" not in out.words
+        glues.append(out.glue)
+        short = generate(model, sets, prompt, Sampling(9.0, 1.0, 1.0, 1.0), 2, 1, rng)
+        assert len(short.words) == 1  # no full stop, and then no time for a word
+    assert {*glues} == {"", "."}
 
 
 def test_generation_is_bounded_and_says_so() -> None:
