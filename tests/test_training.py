@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import script
 
+import audio
 import common
 import synth
 import train_lm
 import train_tiny
 import train_tokenizer
-from tokenizer import load_tokenizer
+from tokenizer import Frontend, load_tokenizer
+from vocoder import load_vocoder
 from weights import read_tensors
 
 SMALL = ("--utterances", 30, "--batch", 4, "--threads", 1, "--save-every", 2, "--device", "cpu")
@@ -86,6 +88,25 @@ def test_each_stage_killed_and_resumed(
         monkeypatch.setattr(sys, "argv", ["train_tiny.py", *ways[way]])
         train_tiny.main()
     assert equal(tmp_path / "whole" / "s3", tmp_path / "killed" / "s3")
+
+
+def test_a_whole_bundle_from_nothing(
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of every stage of train_tiny.py give folders that open; mu then no longer moves."""
+    out, runs = tmp_path / "bundle", tmp_path / "runs"
+    flags = ["--out", str(out), "--runs", str(runs), "--scale", "0", "--threads", "1"]
+    flags += ["--utterances", "30", "--save-every", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *flags])
+    train_tiny.main()
+    wav = synth.load().audio(synth.load().utterances[0])
+    heard = Frontend(out).features(audio.resample(wav, synth.SAMPLE_RATE, audio.WHISPER_RATE))
+    assert len(load_vocoder(out)(heard["units"], heard["voice"][0])) > 0
+    first, last = (
+        read_tensors(runs / "flow" / f"step_00000{n}" / "model.safetensors") for n in (1, 2)
+    )
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert moved == {"speaker", "estimator"}
 
 
 def test_what_was_trained_can_be_loaded_and_started_from(
