@@ -5,7 +5,7 @@
              after the hypothesis was warped onto the reference by DTW over MFCCs
 
 Undefined cases (no reference words, fewer than MIN_VOICED jointly voiced frames) are NaN, never 0.
-The F0 tracker is pitch.py (YIN); voicing errors depend on the tracker, so name it beside figures.
+The F0 tracker is pitch.py (YIN, Viterbi); voicing depends on it, so name it beside figures.
 [TASLA, Hsu et al. 2025, arXiv:2510.14934, appendix C]
 """
 

@@ -147,7 +147,7 @@ def load_corpus(cfg: Config, split: str, asr: text.Tokenizer) -> Corpus:
         phones = synth.phone_frames(item.truth, 1 / FRAME_S, len(mel))
         return {"mel": mel.half(), "f0": f0[: len(mel)].half(), "phones": phones.short()}
 
-    store = prepare(items, compute, f"train_tiny 1 {digest(items)}", f"features of {split}")
+    store = prepare(items, compute, f"train_tiny 2 {digest(items)}", f"features of {split}")
     return Corpus(corpus, items, store, asr)
 
 
@@ -444,7 +444,7 @@ def vocoder_features(items: list[Item]) -> Ragged:
         wav = item.wav(audio.VOCODER_RATE)
         return {"mel": audio.vocoder_mel(wav).T.half(), "f0": mel_pitch(wav[None])[0].half()}
 
-    tag = f"vocoder 1 {digest(items)}"
+    tag = f"vocoder 2 {digest(items)}"
     return prepare(items, compute, tag, f"vocoder features of {items[0].key[:-6]}")
 
 
