@@ -16,6 +16,8 @@ ROWS = (  # a file imports only from rows above its own
     "tokenizer vocoder spoken_lm metrics",
     "data continuation",
     "pipeline",
+    "released",
+    "public",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )
