@@ -1,8 +1,8 @@
 """The released system, Llama-1B-TASTE-V0, built from its loaded models: hear, encode, go on, speak.
 
-    wav (S,) 16 kHz --Whisper--> text --split--> words (W) --> ids under Whisper's and Llama's BPE
-    wav --log-mel of 30 s--> encoder --last, tap 6--> aggregator --> z (1, W, C) --RVQ--> codes (W, Q)
-    words, codes --spoken LM--> more words, codes --unit decoder--> units (U,) --flow, HiFT--> wav
+    wav (S,) 16 kHz --Whisper--> words (W) --> ids under Whisper's and under Llama's tokenizer
+    wav --log-mel of 30 s--> encoder --last, tap 6--> aggregator, RVQ --> codes (W, Q)
+    words, codes --spoken LM--> more of both --unit decoder--> units (U,) --flow, HiFT--> wav
 
 The same calls as Pipeline. faithful: the numbers of the published `inference_completion` and
 `inference_reconstruction`, at batch 1 in fp32. Not faithful: the same weights without what is wrong
@@ -14,6 +14,7 @@ ends; and every loop ends. The published code puts words after 30 s on no sound 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from speaker import CAMPlus
 from spoken_lm import IGNORE, SpokenLM
 from tokenizer import SpeechTokenizer
 from vocoder import Vocoder
+from weights import read_json
 from whisper_dec import WhisperDecoder
 from whisper_enc import WhisperEncoder
 
@@ -36,6 +38,7 @@ SAMPLING = Sampling(temperature=0.5, top_p=0.3, repetition_penalty=1.1, faithful
 WORDS = 8  # new ones at least, its README
 POSITIONS = 5000  # rows of the published unit decoder's position table
 MAX_RATIO = 20  # units for each position of its prompt, at most
+SHORTEST = 720  # samples, three frames: with less, CAM++ has no spread over time
 PREFIX = ("startoftranscript", "en", "transcribe", "notimestamps")
 
 
@@ -54,6 +57,37 @@ class Models:
     vocoder: Vocoder
     suppress: Sequence[int] = ()  # of Whisper's generation_config.json: never recognized,
     suppress_first: Sequence[int] = ()  # and not as the first token
+
+
+def open_models(model: Path, asr: Path, device: torch.device) -> Models:
+    """model: Llama-1B-TASTE-V0, with its cosyvoice/ and llama_tokenizer/, and speaker_embed.onnx
+    converted into a folder of it (see public.py); asr: whisper-large-v3. All in fp32.
+
+    ValueError: parts are missing, or do not fit."""
+    from public import open_public
+
+    parts, heard = (open_public(folder, torch.float32) for folder in (model, asr))
+    wanted = {"encoder", "tokenizer", "spoken_lm", "speaker", "flow", "hift"}
+    for folder, gap in (
+        (model, wanted - parts.keys()),
+        (asr, {"encoder", "decoder"} - heard.keys()),
+    ):
+        if gap:
+            raise ValueError(f"{folder}: lacks {sorted(gap)}; python public.py --check {folder}")
+    llama, rules = model / "llama_tokenizer", asr / "generation_config.json"
+    never = read_json(rules) if rules.is_file() else {}
+    models: dict[str, Any] = {k: v.to(device).eval() for k, v in parts.items() if k in wanted}
+    return Models(
+        heard["encoder"].to(device).eval(),
+        heard["decoder"].to(device).eval(),
+        text.load_tokenizer(asr),
+        models["encoder"], models["tokenizer"], models["spoken_lm"],
+        text.load_tokenizer(llama if llama.is_dir() else model),
+        models["speaker"],
+        Vocoder(models["flow"], models["hift"]),
+        never.get("suppress_tokens") or (),
+        never.get("begin_suppress_tokens") or (),
+    )  # fmt: skip
 
 
 class Tidy:
@@ -107,8 +141,8 @@ class Released:
         special = {*names.values()}
         return self.asr_tokens.decode(i for i in ids if i not in special).strip()
 
-    def words(self, said: str) -> list[str]:
-        """ValueError: none. faithful: two blanks in a row have an empty word between them."""
+    def check_text(self, said: str) -> list[str]:
+        """What is said -> words, an empty one between two blanks if faithful; ValueError: none."""
         words = text.split_words(said, public=self.faithful)
         if not words:
             raise ValueError("no words: none were heard, or --text is empty; give --text WORDS")
@@ -125,14 +159,15 @@ class Released:
 
     def voice(self, *wavs: Tensor) -> Tensor:
         """Recordings (S,) at 16 kHz of one speaker -> (X,), their mean, of length 1."""
-        banks = [audio.kaldi_fbank(wav).to(self.device) for wav in wavs]
+        long = [F.pad(wav, (0, max(0, SHORTEST - len(wav)))) for wav in wavs]
+        banks = [audio.kaldi_fbank(wav).to(self.device) for wav in long]
         with torch.inference_mode():
             voices = [self.models.speaker((bank - bank.mean(0))[None])[0] for bank in banks]
         return F.normalize(torch.stack(voices).mean(0), dim=0)
 
     def encode(self, wav: Tensor, said: str) -> Speech:
         """wav (S,) at 16 kHz, any length, and what is said in it -> Speech."""
-        words, pieces = self.words(said), cut(wav, window_s(self.models.encoder))
+        words, pieces = self.check_text(said), cut(wav, window_s(self.models.encoder))
         heard = [self.transcribe(piece) for piece in pieces] if len(pieces) > 1 else [said]
         codes = [
             self.encode_mel(self.mel(piece, self.models.encoder), part)

@@ -2,23 +2,30 @@
 what it does beyond them."""
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import speech as buzz
-from released_models import GOLDEN, PROMPT, TRACES, build, public_tensors
+from released_models import GOLDEN, PROMPT, TRACES, Toy, build, public_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+import audio
+import common
 import continuation
+import released
+import sample
 from aggregator import spread
 from continuation import Sampling
 from pipeline import Speech
-from released import Models, Released, Tidy
-from spoken_lm import IGNORE
+from released import Models, Released, Tidy, open_models
+from spoken_lm import IGNORE, LatentHead
 
 GREEDY = Sampling(top_p=0.0)
 
@@ -69,8 +76,8 @@ def test_golden_trace(name: str, system: Released, monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(continuation, "pick", replay)
     if mode == "instruct":
-        ids = (trace[f"instruct_{x}_ids"].tolist() for x in ("prefix", "suffix"))
-        before, after = ("".join(f"<{i}>" for i in row) for row in ids)
+        rows = (trace[f"instruct_{x}_ids"].tolist() for x in ("prefix", "suffix"))
+        before, after = ("".join(f"<{i}>" for i in row) for row in rows)
         around = before, after
     prompt, voice = prompt_of(system, mode, trace), trace["speaker_embeds"][0]
     new, ended = system.reply(prompt, 3, sampling, voice, around=around)
@@ -80,13 +87,16 @@ def test_golden_trace(name: str, system: Released, monkeypatch: pytest.MonkeyPat
     assert new.text == about["generated_text"]
     used = trace["used_rows"]
     close(lm.llm.logits(torch.stack(steps))[:, used], trace["step_text_logits_used_rows"])
+    assert isinstance(lm.head, LatentHead)
     close(lm.head.latent(lm.head(torch.stack(steps))), trace["step_z"])
     if odds:
         close(torch.stack(odds)[:, used], trace["step_probs_used_rows"][: len(odds)])
     theirs = trace["generated_llm_indices"][0]
+    assert new.codes is not None
     assert torch.equal(new.codes, theirs[theirs[:, 0] != IGNORE])
 
-    whole = prompt.join(new) if mode == "audio" else new
+    whole = prompt.join(new) if prompt is not None and mode == "audio" else new
+    assert whole.codes is not None
     ids, word_ids = system.ids(whole.words, system.models.asr_tokens)
     assert torch.equal(ids, trace["final_asr_token_ids"])
     embedding = system.models.tokenizer.embed(whole.codes[None], word_ids)
@@ -159,6 +169,7 @@ def heard_as(words: list[str], models: Models) -> Models:
     """The same with a recognizer that hears these words in everything."""
     asr = build().asr_decoder
     tokens = models.asr_tokens
+    assert isinstance(tokens, Toy)
     said = [i for word in words for i in tokens.encode(f" {word}")]
     said = [*said, tokens.special["<|endoftext|>"]]
     with torch.no_grad():
@@ -171,13 +182,12 @@ def heard_as(words: list[str], models: Models) -> Models:
         texts[first] = f" {word}"
         for i in rest:
             texts[i] = ""
-    toy = type(tokens)(tokens.words, texts)
-    return replace(models, asr_decoder=asr, asr_tokens=toy)
+    return replace(models, asr_decoder=asr, asr_tokens=Toy(tokens.words, texts))
 
 
 def test_transcribes_and_speaks_recordings_of_any_length(models: Models) -> None:
     system = Released(heard_as(["one", "three"], models))
-    for seconds, times in ((0.05, 1), (0.8, 1), (0.81, 2), (3.0, 4)):
+    for seconds, times in ((1 / 16000, 1), (0.8, 1), (0.81, 2), (2.0, 3)):
         wav = buzz(seconds)
         text = system.transcribe(wav)
         assert len(text.split()) >= 2 * times
@@ -186,7 +196,10 @@ def test_transcribes_and_speaks_recordings_of_any_length(models: Models) -> None
         assert said.codes is not None
         assert len(said.words) == len(said.codes) == len(text.split())
         assert (said.codes >= 0).all()
-    sound, _ = system.speak(said.part(0, 2), torch.Generator().manual_seed(0), max_len=20, min_len=4)
+        assert said.voice.isfinite().all()
+    sound, _ = system.speak(
+        said.part(0, 2), torch.Generator().manual_seed(0), max_len=20, min_len=4
+    )
     assert sound.isfinite().all()
     assert len(sound)
 
@@ -210,20 +223,23 @@ def test_voice_is_the_mean_of_recordings_of_length_one(system: Released) -> None
 def test_tidy_is_the_clean_up_of_transformers() -> None:
     from transformers import PreTrainedTokenizerBase
 
-    class Echo:
-        special: dict[str, int] = {}  # noqa: RUF012
-
-        def decode(self, ids: Any) -> str:
-            return "".join(ids)
-
-    clean = partial(PreTrainedTokenizerBase.clean_up_tokenization, None)
-    for line in (" a .b", " it 's", " she said ' no '", " 'sword' ?", " can n't , I 'm !", " 've re"):
-        assert Tidy(Echo()).decode(list(line)) == clean(line)
+    letters = Toy({}, [*map(chr, range(128))])
+    clean: Any = PreTrainedTokenizerBase.clean_up_tokenization
+    for line in (
+        " a .b",
+        " it 's",
+        " she said ' no '",
+        " 'sword' ?",
+        " can n't , I 'm !",
+        " 've re",
+    ):
+        assert Tidy(letters).decode(map(ord, line)) == clean(None, line) != line
 
 
 def test_fixed_says_what_the_published_rules_ban(models: Models) -> None:
     tokens = models.lm_tokens
-    question = type(tokens)(tokens.words, [*tokens.texts[:45], "?", " ."])
+    assert isinstance(tokens, Toy)
+    question = Toy(tokens.words, [*tokens.texts[:45], "?", " ."])
     models = replace(models, lm_tokens=question)
     faithful, fixed = Released(models), Released(models, faithful=False)
     assert faithful.sets.banned[45]
@@ -239,13 +255,14 @@ def test_fixed_has_exact_rotary_frequencies(models: Models) -> None:
 
 
 def test_quirk_two_blanks_make_an_empty_word(models: Models) -> None:
-    assert Released(models, faithful=False).words(" one  two\n") == ["one", "two"]
-    assert Released(models).words(" one  two\n") == ["one", "", "two"]
+    assert Released(models, faithful=False).check_text(" one  two\n") == ["one", "two"]
+    assert Released(models).check_text(" one  two\n") == ["one", "", "two"]
 
 
 def test_a_text_is_spoken_at_once_unless_it_is_too_long(system: Released) -> None:
     assert system.spans(PROMPT * 10) == [(0, 40)]
     words = [*PROMPT[:3], "four."] * 60  # 7 tokens each time
+    assert isinstance(system.models.asr_tokens, Toy)
     system.models.asr_tokens.words[" four."] = [93]
     spans = system.spans(words)
     assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
@@ -261,6 +278,134 @@ def test_wrong_inputs_are_named(system: Released) -> None:
         system.reply(None, 3, GREEDY, torch.zeros(12), stop="<|eot|>")
     with pytest.raises(ValueError, match="nothing to predict"):
         system.predicted(Speech(PROMPT, None, torch.zeros(12)))
+    voice = torch.zeros(12)
     with pytest.raises(ValueError, match="go around a speech"):
-        voice = torch.zeros(12)
         system.reply(Speech(PROMPT, None, voice), 3, GREEDY, voice, around=("<1>", "<2>"))
+
+
+# ---- sample.py --model
+
+
+@pytest.fixture
+def call(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str, Path]]:
+    """call(*flags) -> exit code, stdout, stderr, where the sound is."""
+    toy = heard_as(["one", "three"], models)
+    monkeypatch.setattr(sample, "open_models", lambda *_: toy)
+    audio.write(tmp_path / "in.wav", buzz(0.8), audio.WHISPER_RATE)
+
+    def go(*argv: object, wav: bool = True) -> tuple[int, str, str, Path]:
+        path, code = tmp_path / "x.wav", 0
+        flags: list[object] = ["--out", path, "--threads", 1, *argv]
+        given = [tmp_path / "in.wav"] if wav else []
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [*given, *flags])])
+        try:
+            common.run(sample.main)
+        except SystemExit as e:
+            code = int(e.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err, path
+
+    return go
+
+
+PUBLIC = ("--model", "taste", "--asr", "whisper", "--words", 2)
+INSTRUCT = ("--mode", "instruct", "--prefix", "<30><12><33>", "--suffix", "<9><27>")
+
+
+@pytest.mark.parametrize(
+    ("argv", "prompt"),
+    [
+        ([], "one three"),
+        (["--fixed", "--new-only"], "one three"),
+        (["--text", "two  four", "--top-p", 0], "two  four"),
+        (["--mode", "text", "--text", "two one"], "two one"),
+        (["--mode", "zero"], None),
+        ([*INSTRUCT, "--stop", "<|endoftext|>"], "one three"),
+        (["--reconstruct"], "one three"),
+        (["--reconstruct", "--through-lm"], "one three"),
+    ],
+)
+def test_every_way_to_run_it(argv: list[object], prompt: str | None, call: Callable) -> None:
+    code, out, err, path = call(*PUBLIC, *argv)
+    assert (code, err) == (0, "")
+    assert (f"prompt        {prompt}   (0.80 s)\n" in out) == (prompt is not None)
+    assert ("continuation" in out) == ("--reconstruct" not in argv)
+    assert len(audio.read(path, None)) > 256
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--model", "taste"], "--model and --asr"),
+        (["--asr", "whisper"], "--model and --asr"),
+        (["--fixed"], "need --model"),
+        (["--through-lm", "--reconstruct"], "need --model"),
+        (INSTRUCT, "need --model"),
+        ([*PUBLIC, "--through-lm"], "--reconstruct"),
+        ([*PUBLIC, "--mode", "text"], "needs --text"),
+        ([*PUBLIC, "--mode", "zero", "--reconstruct"], "leave out --mode zero"),
+        ([*PUBLIC, "--prefix", "a", "--suffix", "b"], "--mode instruct"),
+        ([*PUBLIC, *INSTRUCT[:4]], "--suffix"),
+        ([*PUBLIC, "--stop", "<|eot_id|>"], "--mode instruct"),
+        ([*PUBLIC, *INSTRUCT, "--stop", "<|eot|>"], "no special token"),
+        ([*PUBLIC, "--mode", "sing"], "--mode"),
+        ([*PUBLIC, "--fixed", "--top-p", 0], "--top-p 0"),
+        ([*PUBLIC, "--repetition-penalty", 0], "--repetition-penalty 0"),
+    ],
+)
+def test_flags_that_do_not_go_together(argv: list[object], fragment: str, call: Callable) -> None:
+    code, _, err, path = call(*argv)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert fragment in err
+    assert err.count("\n") == 1
+    assert not path.exists()
+
+
+def test_the_released_system_needs_a_voice(call: Callable) -> None:
+    assert "for its voice" in call(*PUBLIC, "--mode", "zero", wav=False)[2]
+
+
+def test_the_published_settings_are_the_defaults(
+    call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def reply(_: Released, *given: object) -> None:
+        seen.extend(given)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Released, "reply", reply)
+    assert "enough" in call("--model=taste", "--asr", "whisper", "--mode", "zero")[2]
+    assert seen[:3] == [None, 8, Sampling(0.5, 0.3, 1.1, 0.5)]
+
+
+def test_models_are_put_together_or_what_is_missing_is_named(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, cpu = models, torch.device("cpu")
+    taste = {"encoder": m.encoder, "tokenizer": m.tokenizer, "spoken_lm": m.lm}
+    taste |= {"speaker": m.speaker, "flow": m.vocoder.flow, "hift": m.vocoder.hift}
+    parts = {"taste": taste, "whisper": {"encoder": m.asr_encoder, "decoder": m.asr_decoder}}
+    stub = SimpleNamespace(open_public=lambda path, _: dict(parts[path.name]))
+    monkeypatch.setitem(sys.modules, "public", stub)
+    monkeypatch.setattr(
+        released.text, "load_tokenizer", lambda p: {"whisper": m.asr_tokens}.get(p.name, p)
+    )
+    for name in ("taste/llama_tokenizer", "whisper"):
+        (tmp_path / name).mkdir(parents=True)
+    rules = {"suppress_tokens": [1, 2], "begin_suppress_tokens": [220, 50257]}
+    (tmp_path / "whisper" / "generation_config.json").write_text(json.dumps(rules))
+    made = open_models(tmp_path / "taste", tmp_path / "whisper", cpu)
+    assert made.lm is m.lm
+    assert made.encoder is m.encoder
+    assert made.asr_decoder is m.asr_decoder
+    assert made.vocoder.flow is m.vocoder.flow
+    assert made.asr_tokens is m.asr_tokens
+    assert made.lm_tokens == tmp_path / "taste" / "llama_tokenizer"
+    assert (made.suppress, made.suppress_first) == ([1, 2], [220, 50257])
+    del parts["taste"]["speaker"]
+    with pytest.raises(ValueError, match=r"taste: lacks \['speaker'\]"):
+        open_models(tmp_path / "taste", tmp_path / "whisper", cpu)

@@ -24,6 +24,7 @@ from continuation import (
     narrow,
     next_text,
     penalize,
+    prompt_ids,
 )
 from fsq import FSQ, FSQConfig
 from llm import Llama, LlamaConfig
@@ -539,6 +540,35 @@ def test_generation_is_bounded_and_says_so() -> None:
     assert len(generate(narrow_lm, stuck).ids) == 20 - 1 - 1
     with pytest.raises(ValueError, match="no room"):
         generate(model, sets, max_steps=0)
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_a_stop_token_ends_the_text_once_a_word_is_begun(delay: int) -> None:
+    model, sets = tiny(delay=delay), plain_sets()
+    stop, lengths = 3, []
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        out = generate(model, sets, None, Sampling(9.0, 1.0, 1.0), 10, rng=rng, stop=stop)
+        assert stop not in out.ids
+        assert out.ended
+        assert len(out.words) == len(out.codes) >= 1
+        lengths.append(len(out.ids))
+    assert len({*lengths}) > 3  # else it was something else that ended them
+
+
+def test_quirk_what_the_public_penalty_counts_as_said() -> None:
+    model = tiny()
+    ids, word_ids, codes = (x[0] for x in batch(model, [[1, 2]]))
+    ids = torch.tensor([7, 8, 9])
+    around = Prompt(ids, word_ids, codes, torch.tensor([20]), torch.tensor([30, 31]))
+    for prompt, faithful, fixed in (
+        (Prompt(), [model.config.sos], []),
+        (Prompt(ids), [7, 8, 9], [7, 8, 9]),
+        (Prompt(ids, word_ids, codes), [7, 8, 9], [7, 8, 9]),
+        (around, [8, 9, 20, 30, 31], [7, 8, 9, 20, 30, 31]),
+    ):
+        for said, rule in ((faithful, True), (fixed, False)):
+            assert prompt_ids(model, prompt, rule)[0].nonzero().flatten().tolist() == said
 
 
 def test_ending_waits_for_a_sentence_end_or_three_times_the_words() -> None:
