@@ -122,6 +122,9 @@ def test_golden_forward(models: Models, forward: dict[str, Tensor]) -> None:
 
     llm_keep = torch.arange(9) < g["llm_token_lengths"][:, None]
     llm_words = g["llm_word_ids"].long().masked_fill(~llm_keep, IGNORE)
+    first, llm_first = (x.diff(dim=1, prepend=x[:, :1] - 1) > 0 for x in (word_ids, llm_words))
+    pairs = (llm_words[:, :, None] == word_ids[:, None]) & llm_first[:, :, None] & first[:, None]
+    assert torch.equal(pairs & (word_ids >= 0)[:, None], g["asr_to_llm_map"].bool())
     out = lm(g["llm_token_ids"], llm_words, codes, faithful=True)
     close(out.loss, g["taslm_loss"])
     asked = out.layout.code_labels[..., 0] != IGNORE

@@ -37,12 +37,26 @@ def small(cfg: S3Config, seed: int = 0) -> S3Units:
 
 def test_features_and_units_match_the_public_code() -> None:
     model, g = golden()
+    inner: dict[str, Tensor] = {}
+    stages = {"conv1_pre_gelu": model.conv1, "conv2_pre_gelu": model.conv2}
+    for name, stage in (stages | {"block0": model.blocks[0]}).items():
+        stage.register_forward_hook(lambda _, x, y, name=name: inner.update({name: y}))
     h, keep = model.features(g["in.mel"], g["in.mel_len"])
+    for name, ours in inner.items():
+        theirs = g[f"mid.{name}"]
+        if name == "block0":  # padded rows hold what nobody reads
+            ours, theirs = ours[keep], theirs[keep]
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+    assert len(inner) == 3
     assert (h - g["out.hidden"])[keep].abs().max() <= 2e-5 * g["out.hidden"][keep].abs().max()
     units, lengths = model(g["in.mel"], g["in.mel_len"])
     assert lengths.tolist() == g["out.code_len"].tolist()
     assert torch.equal(units[keep], g["out.codes"][keep])
     assert (units[~keep] == -1).all()
+    x = F.normalize(h, dim=-1)
+    distance = torch.cdist(x.double(), model.codebook.double()).square()
+    theirs = -g["out.neg_sqdist"].view_as(distance)[keep]
+    assert (distance[keep] - theirs).abs().max() <= 2e-5 * theirs.max()
     alone, _ = model(g["in.mel"][1:, :, : g["in.mel_len"][1]])
     assert torch.equal(alone, g["out.codes_item1_alone"])
 

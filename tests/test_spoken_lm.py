@@ -103,8 +103,14 @@ def test_layout_rows_and_hidden_are_the_public_ones(latent: tuple) -> None:
     mu = model.head(out.hidden)
     close(mu[keep], g["mu"][keep])
     close(model.head.latent(mu)[keep], g["z"][keep])
+    close(model.head.logvar, g["logvar"])
     said = model.head.say(out.hidden, model.quantizer, 0, None)
     assert torch.equal(said[keep], g["taste_pred"][keep])
+    assert torch.equal(keep.sum(1), g["output_lengths"].long())
+    asked = out.layout.code_labels[..., 0] != IGNORE
+    target = model.quantizer.latent(out.layout.code_labels[asked])
+    close(target, g["taste_target_code"])
+    close(out.loss, g["loss_without_ref_model"])
 
 
 def test_losses_and_gradients_are_the_public_ones(latent: tuple) -> None:
