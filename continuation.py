@@ -63,7 +63,8 @@ class VocabularySets:
                 or re.search(r"\s", t.removeprefix(" ")) is not None
                 for i, t in enumerate(texts)
             ]
-        ends = ["." in t for t in texts]
+        stops = "." if faithful else ".?!"
+        ends = [any(stop in t for stop in stops) for t in texts]
         sets = [torch.tensor(x) for x in (start, banned, ends, blank)]
         return cls(sets[0], sets[1], sets[2], sets[3], tokenizer)
 

@@ -38,7 +38,6 @@ SAMPLING = Sampling(temperature=0.5, top_p=0.3, repetition_penalty=1.1, faithful
 WORDS = 8  # new ones at least, its README
 POSITIONS = 5000  # rows of the published unit decoder's position table
 MAX_RATIO = 20  # units for each position of its prompt, at most
-SHORTEST = 720  # samples, three frames: with less, CAM++ has no spread over time
 PREFIX = ("startoftranscript", "en", "transcribe", "notimestamps")
 
 
@@ -60,8 +59,8 @@ class Models:
 
 
 def open_models(model: Path, asr: Path, device: torch.device) -> Models:
-    """model: Llama-1B-TASTE-V0, with its cosyvoice/ and llama_tokenizer/, and speaker_embed.onnx
-    converted into a folder of it (see public.py); asr: whisper-large-v3. All in fp32.
+    """model: Llama-1B-TASTE-V0, with its cosyvoice/ and llama_tokenizer/, its speaker_embed.onnx
+    converted into a folder beside them (see public.py); asr: whisper-large-v3. All in fp32.
 
     ValueError: parts are missing, or do not fit."""
     from public import open_public
@@ -159,8 +158,7 @@ class Released:
 
     def voice(self, *wavs: Tensor) -> Tensor:
         """Recordings (S,) at 16 kHz of one speaker -> (X,), their mean, of length 1."""
-        long = [F.pad(wav, (0, max(0, SHORTEST - len(wav)))) for wav in wavs]
-        banks = [audio.kaldi_fbank(wav).to(self.device) for wav in long]
+        banks = [audio.kaldi_fbank(wav).to(self.device) for wav in wavs]
         with torch.inference_mode():
             voices = [self.models.speaker((bank - bank.mean(0))[None])[0] for bank in banks]
         return F.normalize(torch.stack(voices).mean(0), dim=0)

@@ -247,6 +247,7 @@ def test_fixed_says_what_the_published_rules_ban(models: Models) -> None:
     faithful, fixed = Released(models), Released(models, faithful=False)
     assert faithful.sets.banned[45]
     assert not fixed.sets.banned[45]
+    assert fixed.sets.sentence_end[45] > faithful.sets.sentence_end[45]
     assert not faithful.sets.word_start[46]  # its space is tidied away
     assert fixed.sets.word_start[46]
 
