@@ -331,12 +331,25 @@ INSTRUCT = ("--mode", "instruct", "--prefix", "<30><12><33>", "--suffix", "<9><2
         (["--reconstruct", "--through-lm"], "one three"),
     ],
 )
-def test_every_way_to_run_it(argv: list[object], prompt: str | None, call: Callable) -> None:
+def test_every_way_to_run_it(
+    argv: list[object], prompt: str | None, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken: list[list[str]] = []
+
+    def speak(system: Released, speech: Speech, rng: torch.Generator) -> tuple[Tensor, bool]:
+        spoken.append(speech.words)
+        return its_own(system, speech, rng)
+
+    its_own = Released.speak
+    monkeypatch.setattr(Released, "speak", speak)
     code, out, err, path = call(*PUBLIC, *argv)
     assert (code, err) == (0, "")
     assert (f"prompt        {prompt}   (0.80 s)\n" in out) == (prompt is not None)
     assert ("continuation" in out) == ("--reconstruct" not in argv)
     assert len(audio.read(path, None)) > 256
+    old = (prompt or "").split(" ")
+    alone = prompt is None or {"--new-only", "--mode"} & {*argv}
+    assert (spoken[0][: len(old)] == old) == (not alone)
 
 
 @pytest.mark.parametrize(
