@@ -63,7 +63,8 @@ class VocabularySets:
                 or re.search(r"\s", t.removeprefix(" ")) is not None
                 for i, t in enumerate(texts)
             ]
-        ends = ["." in t for t in texts]
+        stops = "." if faithful else ".?!"
+        ends = [any(stop in t for stop in stops) for t in texts]
         sets = [torch.tensor(x) for x in (start, banned, ends, blank)]
         return cls(sets[0], sets[1], sets[2], sets[3], tokenizer)
 
@@ -160,11 +161,18 @@ class Talk:
     """The book-keeping of one utterance while it is generated: whose codes are heard now?"""
 
     def __init__(
-        self, codes: list[Tensor], delay: int, extra_words: int, steps: int, goes_on: bool = False
+        self,
+        codes: list[Tensor],
+        delay: int,
+        extra_words: int,
+        steps: int,
+        goes_on: bool = False,
+        stop: int | None = None,
     ) -> None:
         """codes: of the words of the prompt, (Q,) each; those of new words are put behind.
-        goes_on: the first token may end the last word of the prompt, and begin no word."""
-        self.codes, self.first, self.delay = codes, len(codes), delay
+        goes_on: the first token may end the last word of the prompt, and begin no word.
+        stop: a token that ends the text and is not kept."""
+        self.codes, self.first, self.delay, self.stop = codes, len(codes), delay, stop
         self.extra_words, self.steps, self.goes_on = extra_words, steps, goes_on
         self.ids: list[int] = []
         self.word_ids: list[int] = []
@@ -191,6 +199,8 @@ class Talk:
 
     def push(self, token: int, sets: VocabularySets) -> bool:
         """The next text token, or what you like while waiting -> does a word begin?"""
+        if token == self.stop and not self.waiting:
+            self.waiting = self.ended = True
         if self.waiting:
             self.waited += 1
             return True
@@ -224,25 +234,30 @@ def generate(
     extra_words: int = 8,
     max_steps: int | None = None,
     rng: torch.Generator | None = None,
+    stop: int | None = None,
 ) -> Generated:
     """Go on from the prompt; end at a sentence end once extra_words are begun, or anywhere once
-    3 * extra_words are. max_steps: most text tokens, default 16 for each of those words.
+    3 * extra_words are. max_steps: most text tokens, default 16 for each of those words: the public
+    loop has no such bound. stop: a token that ends the text, once a word is begun.
 
     Each step reads one row and keeps keys and values; the model should be in eval mode."""
     prompt, sampling, delay = prompt or Prompt(), sampling or Sampling(), model.config.delay
-    rows, said = prompt_rows(model, prompt)  # (1, N, C), (1, V) bool
+    rows = prompt_rows(model, prompt)  # (1, N, C)
+    said = prompt_ids(model, prompt, sampling.faithful)  # (1, V) bool
     steps = STEPS_PER_WORD * 3 * extra_words if max_steps is None else max_steps
     steps = min(steps, model.config.llm.max_tokens - rows.shape[1] - delay)
     if extra_words < 1 or steps < 1:
         raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {rows.shape[1]} rows")
     goes_on = prompt.ids is not None and prompt.prefix is None and not sampling.faithful
-    talk = Talk(prompt.history(rows.device), delay, extra_words, steps, goes_on)
+    talk = Talk(prompt.history(rows.device), delay, extra_words, steps, goes_on, stop)
     caches = model.llm.new_caches(rows.shape[1] + steps + delay)
     while True:
         hidden = model.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
         token, text = IGNORE, model.pad_text[None]  # behind the last word, as in training
         if not talk.waiting:
             never = talk.never(sets).to(rows.device)
+            if stop is not None and not talk.words:
+                never = never.index_fill(0, torch.tensor(stop, device=never.device), True)
             logits = model.llm.logits(hidden).float().masked_fill(never, -torch.inf)
             chosen = next_text(logits, said, sampling, rng)  # (1,)
             said[:, chosen], token = True, int(chosen)
@@ -262,25 +277,37 @@ def sound(model: SpokenLM, talk: Talk) -> Tensor:
     return model.quantizer.decode(talk.codes[talk.heard][None, None])[0]
 
 
-def prompt_rows(model: SpokenLM, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """-> what the Llama reads first (1, N, C), and which text ids that holds (1, V) bool."""
-    device, vocab = model.pad_text.device, model.config.llm.vocab
-    texts = [x.to(device) for x in (prompt.prefix, prompt.ids, prompt.suffix) if x is not None]
-    said = torch.zeros(1, vocab, dtype=torch.bool, device=device)
+def prompt_ids(model: SpokenLM, prompt: Prompt, faithful: bool) -> Tensor:
+    """-> which text ids the prompt holds (1, V) bool, for the repetition penalty."""
+    texts = [x for x in (prompt.prefix, prompt.ids, prompt.suffix) if x is not None]
+    if faithful and not texts:
+        # Quirk: sos counts as said, but only where nothing follows it [TASTE-SpokenLM 301bce2].
+        texts = [torch.tensor([model.config.sos])]
+    if faithful and prompt.prefix is not None:
+        # Quirk: the first token of an instructed prompt is taken for the sos and not counted
+        # [TASTE-SpokenLM 301bce2].
+        texts[1] = texts[1][1:]
+    said = torch.zeros(1, model.config.llm.vocab, dtype=torch.bool, device=model.pad_text.device)
     for ids in texts:
-        said[:, ids] = True
+        said[:, ids.to(said.device)] = True
+    return said
+
+
+def prompt_rows(model: SpokenLM, prompt: Prompt) -> Tensor:
+    """-> what the Llama reads first (1, N, C)."""
+    device = model.pad_text.device
     if prompt.ids is None:
-        return model.llm.embed(torch.tensor([[model.config.sos]], device=device)), said
+        return model.llm.embed(torch.tensor([[model.config.sos]], device=device))
     if prompt.codes is None or prompt.word_ids is None:
         # Quirk: a text prompt has no sos and is not fused [TASTE-SpokenLM 301bce2].
-        return model.llm.embed(texts[0])[None], said
+        return model.llm.embed(prompt.ids.to(device))[None]
     words, codes = prompt.word_ids.to(device)[None], prompt.codes.to(device)[None]
     plan = layout(prompt.ids.to(device)[None], words, codes, model.config.delay)
     rows = model.rows(plan, codes)[:, : 1 + len(prompt.ids)]  # (1, 1 + N, C)
-    if prompt.prefix is None:
-        return rows, said
-    before, after = (model.llm.embed(x)[None] for x in (texts[0], texts[-1]))
-    return torch.cat([before, rows[:, 1:], after], 1), said
+    if prompt.prefix is None or prompt.suffix is None:
+        return rows
+    before, after = (model.llm.embed(x.to(device))[None] for x in (prompt.prefix, prompt.suffix))
+    return torch.cat([before, rows[:, 1:], after], 1)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ def sentences(words: list[str], longest: int = WORDS) -> list[tuple[int, int]]:
     return spans
 
 
+def share(words: list[str], heard: list[str]) -> list[list[str]]:
+    """Split words over pieces of a recording, in proportion to the words recognized in each."""
+    counts = torch.tensor([float(len(text.split_words(line))) for line in heard]) + 1e-3
+    ends = (counts.cumsum(0) / counts.sum() * len(words)).round().long().tolist()
+    return [words[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
 def mels(frontend: Frontend, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """wavs (S_i,) at 16 kHz -> mel (B, M, F), keep (B, F)"""
     device = frontend.speaker.out.weight.device
@@ -157,19 +164,11 @@ class Pipeline:
         Of a long recording each piece gets as many words as its share of what was recognized."""
         words, codes = self.check_text(said), []
         pieces = cut(wav)
-        for piece, part in zip(pieces, self.share_words(pieces, words), strict=True):
+        heard = transcribe(self.frontend, pieces) if len(pieces) > 1 else [said]
+        for piece, part in zip(pieces, share(words, heard), strict=True):
             if part:
                 codes.append(self.encode_piece(piece, part))
         return Speech(words, torch.cat(codes), self.voice(wav))
-
-    def share_words(self, pieces: list[Tensor], words: list[str]) -> list[list[str]]:
-        """Split words over pieces, in proportion to the words that are recognized in each."""
-        if len(pieces) == 1:
-            return [words]
-        said = transcribe(self.frontend, pieces)
-        counts = torch.tensor([float(len(text.split_words(t))) for t in said]) + 1e-3
-        ends = (counts.cumsum(0) / counts.sum() * len(words)).round().long().tolist()
-        return [words[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     @torch.inference_mode()
     def encode_piece(self, wav: Tensor, words: list[str]) -> Tensor:

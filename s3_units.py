@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import audio
 from weights import load_strict, rename
 
 DECAY = 0.99  # of the moving averages, per training step
@@ -198,6 +199,14 @@ class S3Units(nn.Module):
             parts += [u[:n] for u, n in zip(units, unit_lengths.tolist(), strict=True)]
         rest = iter(parts)
         return [self._join([next(rest) for _ in span]) for span in spans]
+
+    def encode_wav(self, wav: Tensor) -> Tensor:
+        """wav (S,) at 16 kHz, of any length -> units (U,) int64, one for each 1/50 s begun (TINY:
+        1/25 s). In a window they are the public ones, and where these are one short, the last
+        is said twice: the mel has no frame for what is left over at the end, below 10 ms."""
+        units = self.encode(audio.whisper_mel(wav, self.cfg.n_mels).to(self.positions.device))
+        missing = self.cfg.n_units(-(-len(wav) // audio.WHISPER_HOP)) - len(units)  # 0 or 1
+        return torch.cat([units, units[len(units) - missing :]])
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         """Units of overlapping windows -> units (U,): each window gives up its outer `trim`."""

@@ -4,12 +4,14 @@
     python sample.py prompt.wav --text "two dogs run"     what is said, if you know better
     python sample.py --words 6 --seed 3                   no prompt: the model begins
     python sample.py prompt.wav --reconstruct             through the codes and back
+    python sample.py prompt.wav --model Llama-1B-TASTE-V0/ --asr whisper-large-v3/
 
 The tiny bundle knows its synthetic voices and the 300-odd words of synth.py only; of other speech
-it makes what it can.
+it makes what it can. --model: the released system as it was published, with its own defaults.
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +24,44 @@ import audio
 from common import flag, parse, pick_device, positive, run
 from continuation import Sampling
 from pipeline import RATE, SAMPLING, Pipeline, Speech, check_wav
+from released import SAMPLING as PUBLIC
+from released import WORDS, Released, open_models
 
 ROOT = Path(__file__).parent
+MODES = {
+    "audio": "go on from the recording",
+    "text": "go on from --text",
+    "zero": "begin freely",
+    "instruct": "answer the recording, between --prefix and --suffix",
+}
 
 
 @dataclass(frozen=True)
 class Config:
     wav: Path | None = flag(None, "the prompt: wav, flac, ogg, mp3 of any rate; none: begin freely")
     text: str = flag("", "what is said in the prompt; empty: it is transcribed")
+    mode: str = flag("audio", "; ".join(f"{k}: {v}" for k, v in MODES.items()), MODES)
     words: int = flag(4, "new words at least; it goes on to the end of the sentence")
     out: Path = flag(Path("continuation.wav"), "where the sound goes")
     reconstruct: bool = flag(False, "say the prompt again from its codes, add nothing")
     temperature: float = flag(SAMPLING.temperature, "of the text; 0: the most likely word")
     top_p: float = flag(SAMPLING.top_p, "of the text: fewest tokens that reach this probability")
     code_temperature: float = flag(
-        SAMPLING.code_temperature, "of the codes, that is, of the prosody"
+        SAMPLING.code_temperature, "of the codes, that is, of the prosody; --model draws none"
     )
+    repetition_penalty: float = flag(
+        1.0, "of the text: above 1, words that were said are less likely"
+    )
+    model: Path = flag(Path(), "folder of the released system, Llama-1B-TASTE-V0")
+    asr: Path = flag(Path(), "with --model: folder of whisper-large-v3")
+    fixed: bool = flag(False, "with --model: without the bugs of the published inference")
+    through_lm: bool = flag(False, "with --model --reconstruct: the codes that the LM expects")
+    new_only: bool = flag(False, "do not say the prompt again before what is new")
+    prefix: str = flag(
+        "", "with --mode instruct: text before the recording; <|special|> names work"
+    )
+    suffix: str = flag("", "with --mode instruct: text behind it")
+    stop: str = flag("", "with --mode instruct: the special token that ends the answer")
     bundle: Path = flag(ROOT / "weights" / "tiny", "asr, s3, speaker, flow, hift, lm, prompt.wav")
     tokenizer: Path = flag(Path(), "folder of train_tokenizer.py; default: BUNDLE/tokenizer")
     lm: Path = flag(Path(), "folder of train_lm.py; default: BUNDLE/spoken_lm")
@@ -46,7 +70,15 @@ class Config:
     device: str = flag("auto", "auto, cpu or cuda")
 
 
-PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "taste": {  # the default with --model
+        "words": WORDS,
+        "temperature": PUBLIC.temperature,
+        "top_p": PUBLIC.top_p,
+        "repetition_penalty": PUBLIC.repetition_penalty,
+    },
+}
 
 
 def check(cfg: Config) -> None:
@@ -57,47 +89,99 @@ def check(cfg: Config) -> None:
             f"--temperature {cfg.temperature} --code-temperature {cfg.code_temperature}: "
             "wanted numbers of 0 or more"
         )
-    if not 0 < cfg.top_p <= 1:
+    greedy = cfg.top_p == 0 and cfg.model != Path() and not cfg.fixed
+    if not (0 < cfg.top_p <= 1 or greedy):
         raise ValueError(f"--top-p {cfg.top_p}: wanted a number above 0, at most 1")
+    if not 0 < cfg.repetition_penalty < math.inf:
+        raise ValueError(f"--repetition-penalty {cfg.repetition_penalty}: wanted a number above 0")
     if not 0 <= cfg.seed < 2**63:
         raise ValueError(f"--seed {cfg.seed}: wanted 0 or more, below 2^63")
-    if cfg.wav is None and (cfg.reconstruct or cfg.text):
+    if cfg.wav is None and (cfg.reconstruct or (cfg.text and cfg.mode != "text")):
         raise ValueError("--reconstruct and --text need a recording: python sample.py prompt.wav")
+    check_mode(cfg)
     if cfg.out.suffix != ".wav":
         raise ValueError(f"--out {cfg.out}: wanted a name that ends in .wav")
     if not cfg.out.absolute().parent.is_dir():
         raise ValueError(f"--out {cfg.out}: the folder does not exist; make it first")
 
 
-def default_voice(pipeline: Pipeline, bundle: Path) -> Tensor:
-    """A voice for speech without a prompt: that of the bundle's own prompt.wav."""
-    return pipeline.voice(audio.read(bundle / "prompt.wav", RATE))
+def check_mode(cfg: Config) -> None:
+    """Refuse flags that do not go together."""
+    given = cfg.model != Path()
+    if given != (cfg.asr != Path()):
+        raise ValueError("--model and --asr go together: the released system does not recognize")
+    if given and cfg.wav is None:
+        raise ValueError("--model needs a recording, if only for its voice")
+    if not given and (cfg.fixed or cfg.through_lm or cfg.mode == "instruct"):
+        raise ValueError("--fixed, --through-lm and --mode instruct need --model")
+    if cfg.through_lm and not cfg.reconstruct:
+        raise ValueError("--through-lm says what --reconstruct does")
+    if cfg.reconstruct and cfg.mode != "audio":
+        raise ValueError(f"--reconstruct adds nothing: leave out --mode {cfg.mode}")
+    if cfg.mode == "text" and not cfg.text.strip():
+        raise ValueError("--mode text needs --text")
+    if (cfg.mode == "instruct") != bool(cfg.prefix and cfg.suffix):
+        raise ValueError("--mode instruct, --prefix and --suffix go together")
+    if cfg.stop and cfg.mode != "instruct":
+        raise ValueError("--stop ends the answer of --mode instruct")
+
+
+def open_system(cfg: Config, device: torch.device) -> Pipeline | Released:
+    """The models of the flags, loaded."""
+    if cfg.model != Path():
+        models = open_models(cfg.model, cfg.asr, device)
+        return Released(models, not cfg.fixed)
+    tokenizer = cfg.bundle / "tokenizer" if cfg.tokenizer == Path() else cfg.tokenizer
+    lm = cfg.bundle / "spoken_lm" if cfg.lm == Path() else cfg.lm
+    return Pipeline(cfg.bundle, tokenizer, None if cfg.reconstruct else lm, str(device))
+
+
+def hear(cfg: Config, pipeline: Pipeline | Released, wav: Tensor | None) -> Speech | None:
+    """The prompt: spoken, or a text without codes, or none."""
+    if cfg.mode == "text":
+        return Speech(pipeline.check_text(cfg.text), None, voice_of(cfg, pipeline, wav))
+    if wav is None or cfg.mode == "zero":
+        return None
+    speech = pipeline.encode(wav, cfg.text or pipeline.transcribe(wav))
+    if cfg.through_lm and isinstance(pipeline, Released):
+        return pipeline.predicted(speech)
+    return speech
+
+
+def voice_of(cfg: Config, pipeline: Pipeline | Released, wav: Tensor | None) -> Tensor:
+    """A voice for speech without a spoken prompt: without wav, that of the bundle's prompt.wav."""
+    return pipeline.voice(audio.read(cfg.bundle / "prompt.wav", RATE) if wav is None else wav)
 
 
 def main() -> None:
     start = time.monotonic()
-    cfg = parse(Config, PRESETS, __doc__)
+    public = any(word.split("=")[0] == "--model" for word in sys.argv)
+    names = ("taste", "tiny") if public else ("tiny", "taste")  # the first one is the default
+    cfg = parse(Config, {name: PRESETS[name] for name in names}, __doc__)
     check(cfg)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     wav = None if cfg.wav is None else check_wav(audio.read(cfg.wav, RATE), str(cfg.wav))
-    tokenizer = cfg.bundle / "tokenizer" if cfg.tokenizer == Path() else cfg.tokenizer
-    lm = cfg.bundle / "spoken_lm" if cfg.lm == Path() else cfg.lm
     device = pick_device(cfg.device)
-    pipeline = Pipeline(cfg.bundle, tokenizer, None if cfg.reconstruct else lm, str(device))
+    pipeline = open_system(cfg, device)
     loaded = time.monotonic()
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    speech: Speech | None = None
-    if wav is not None:
-        speech = pipeline.encode(wav, cfg.text or pipeline.transcribe(wav))
-        print(f"prompt        {speech.text}   ({len(wav) / RATE:.2f} s)")
+    speech = hear(cfg, pipeline, wav)
+    if speech is not None:
+        lasts = f"   ({len(wav) / RATE:.2f} s)" if wav is not None else ""
+        print(f"prompt        {speech.text}{lasts}")
     if speech is None or not cfg.reconstruct:
-        sampling = Sampling(cfg.temperature, cfg.top_p, 1.0, cfg.code_temperature)
-        voice = default_voice(pipeline, cfg.bundle) if speech is None else speech.voice
-        new, ended = pipeline.reply(speech, cfg.words, sampling, voice, rng)
+        penalty, heat = cfg.repetition_penalty, cfg.code_temperature
+        sampling = Sampling(cfg.temperature, cfg.top_p, penalty, heat)
+        voice = voice_of(cfg, pipeline, wav) if speech is None else speech.voice
+        more: dict[str, Any] = {}
+        if cfg.mode == "instruct":
+            more = {"around": (cfg.prefix, cfg.suffix), "stop": cfg.stop or None}
+        new, ended = pipeline.reply(speech, cfg.words, sampling, voice, rng, **more)
         said = f"{new.glue} {new.text}".strip()
         print(f"continuation  {said}{'' if ended else ' ...'}")
-        speech = new if speech is None else speech.join(new)
+        alone = cfg.new_only or cfg.mode != "audio"
+        speech = new if speech is None or alone else speech.join(new)
     spoken, stopped = pipeline.speak(speech, rng)
     audio.write(cfg.out, spoken, audio.VOCODER_RATE)
     seconds, spent = len(spoken) / audio.VOCODER_RATE, time.monotonic() - loaded

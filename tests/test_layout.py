@@ -15,7 +15,9 @@ ROWS = (  # a file imports only from rows above its own
     " synth",
     "tokenizer vocoder spoken_lm metrics",
     "data continuation",
+    "public",
     "pipeline",
+    "released",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )

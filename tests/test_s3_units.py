@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import audio
 from s3_units import DEAD, DECAY, NAMES, TINY, S3Config, S3Units, load_public, sinusoids
 from weights import read_tensors, rename
 
@@ -36,12 +37,26 @@ def small(cfg: S3Config, seed: int = 0) -> S3Units:
 
 def test_features_and_units_match_the_public_code() -> None:
     model, g = golden()
+    inner: dict[str, Tensor] = {}
+    stages = {"conv1_pre_gelu": model.conv1, "conv2_pre_gelu": model.conv2}
+    for name, stage in (stages | {"block0": model.blocks[0]}).items():
+        stage.register_forward_hook(lambda _, x, y, name=name: inner.update({name: y}))
     h, keep = model.features(g["in.mel"], g["in.mel_len"])
+    for name, ours in inner.items():
+        theirs = g[f"mid.{name}"]
+        if name == "block0":  # padded rows hold what nobody reads
+            ours, theirs = ours[keep], theirs[keep]
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+    assert len(inner) == 3
     assert (h - g["out.hidden"])[keep].abs().max() <= 2e-5 * g["out.hidden"][keep].abs().max()
     units, lengths = model(g["in.mel"], g["in.mel_len"])
     assert lengths.tolist() == g["out.code_len"].tolist()
     assert torch.equal(units[keep], g["out.codes"][keep])
     assert (units[~keep] == -1).all()
+    x = F.normalize(h, dim=-1)
+    distance = torch.cdist(x.double(), model.codebook.double()).square()
+    theirs = -g["out.neg_sqdist"].view_as(distance)[keep]
+    assert (distance[keep] - theirs).abs().max() <= 2e-5 * theirs.max()
     alone, _ = model(g["in.mel"][1:, :, : g["in.mel_len"][1]])
     assert torch.equal(alone, g["out.codes_item1_alone"])
 
@@ -131,6 +146,32 @@ def test_encode_any_duration(cfg: S3Config) -> None:
         assert 0 <= units.min() <= units.max() < cfg.codes
     assert torch.equal(together[3], model(mels[3][None])[0][0])
     assert model.encode([]) == []
+
+
+RATE, WINDOW = 16000, 30 * 16000
+LENGTHS = [1, 2, 159, 160, 161, 319, 320, 321, 479, 480, 639, 640, 641, 799, 800]
+LENGTHS += [n * RATE + d for n in (1, 29, 30, 56, 82) for d in (-1, 0, 1, 160, 161)]
+LENGTHS += [WINDOW + 160 * d + r for d in (1, 2, 3) for r in (-1, 0, 1)]  # 30.01 s and more
+LENGTHS += [180 * RATE + d for d in (-1, 0)]
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (2, 2)], ids=["50Hz", "25Hz"])
+def test_a_wav_of_any_length_has_a_unit_for_every_fiftieth_of_a_second_begun(
+    strides: tuple[int, int],
+) -> None:
+    """1 sample to 3 minutes, and the windows of 30 s at real size (the network is small)."""
+    max_frames = 3000 // (strides[0] * strides[1])
+    cfg = dataclasses.replace(SMALL, layers=0, strides=strides, max_frames=max_frames)
+    model, hertz = small(cfg), 100 // cfg.stride
+    torch.manual_seed(1)
+    long = 0.1 * torch.randn(180 * RATE)
+    for n in LENGTHS:
+        units = model.encode_wav(long[:n])
+        assert len(units) == -(-n * hertz // RATE), n
+        assert 0 <= units.min() <= units.max() < cfg.codes
+        public = model.encode(audio.whisper_mel(long[:n], cfg.n_mels))
+        assert torch.equal(units[: len(public)], public)
+        assert len(units) - len(public) == (0 < n % (RATE // hertz) < 160 < n)
 
 
 @CONFIGS

@@ -24,6 +24,7 @@ from continuation import (
     narrow,
     next_text,
     penalize,
+    prompt_ids,
 )
 from fsq import FSQ, FSQConfig
 from llm import Llama, LlamaConfig
@@ -102,8 +103,14 @@ def test_layout_rows_and_hidden_are_the_public_ones(latent: tuple) -> None:
     mu = model.head(out.hidden)
     close(mu[keep], g["mu"][keep])
     close(model.head.latent(mu)[keep], g["z"][keep])
+    close(model.head.logvar, g["logvar"])
     said = model.head.say(out.hidden, model.quantizer, 0, None)
     assert torch.equal(said[keep], g["taste_pred"][keep])
+    assert torch.equal(keep.sum(1), g["output_lengths"].long())
+    asked = out.layout.code_labels[..., 0] != IGNORE
+    target = model.quantizer.latent(out.layout.code_labels[asked])
+    close(target, g["taste_target_code"])
+    close(out.loss, g["loss_without_ref_model"])
 
 
 def test_losses_and_gradients_are_the_public_ones(latent: tuple) -> None:
@@ -539,6 +546,40 @@ def test_generation_is_bounded_and_says_so() -> None:
     assert len(generate(narrow_lm, stuck).ids) == 20 - 1 - 1
     with pytest.raises(ValueError, match="no room"):
         generate(model, sets, max_steps=0)
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_a_stop_token_ends_the_text_once_a_word_is_begun(delay: int) -> None:
+    model, sets = tiny(delay=delay), plain_sets()
+    stop, lengths = 3, []
+    for seed in range(4):
+        rng = torch.Generator().manual_seed(seed)
+        out = generate(model, sets, None, Sampling(9.0, 1.0, 1.0), 4, rng=rng, stop=stop)
+        assert stop not in out.ids
+        assert out.ended
+        assert len(out.words) == len(out.codes) >= 1
+        lengths.append(len(out.ids))
+    assert len({*lengths}) > 1  # else it was something else that ended them
+    calm = Sampling(0.0, 1.0, 1.0)
+    first = int(generate(model, sets, None, calm, 2).ids[0])
+    other = generate(model, sets, None, calm, 2, stop=first)  # wants to stop before all words
+    assert other.ids[0] != first
+    assert other.words
+
+
+def test_quirk_what_the_public_penalty_counts_as_said() -> None:
+    model = tiny()
+    ids, word_ids, codes = (x[0] for x in batch(model, [[1, 2]]))
+    ids = torch.tensor([7, 8, 9])
+    around = Prompt(ids, word_ids, codes, torch.tensor([20]), torch.tensor([30, 31]))
+    for prompt, faithful, fixed in (
+        (Prompt(), [model.config.sos], []),
+        (Prompt(ids), [7, 8, 9], [7, 8, 9]),
+        (Prompt(ids, word_ids, codes), [7, 8, 9], [7, 8, 9]),
+        (around, [8, 9, 20, 30, 31], [7, 8, 9, 20, 30, 31]),
+    ):
+        for said, rule in ((faithful, True), (fixed, False)):
+            assert prompt_ids(model, prompt, rule)[0].nonzero().flatten().tolist() == said
 
 
 def test_ending_waits_for_a_sentence_end_or_three_times_the_words() -> None:

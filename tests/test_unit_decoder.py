@@ -111,7 +111,11 @@ def test_golden_branches_and_prompt() -> None:
     assert close(model.fuse(ids, keep, audio)[keep], g["fused"][keep])
     encoded = model.audio_out(model.audio(model.audio_in(audio)))
     assert close(encoded[keep], g["audio_encoded"][keep])
+    voice = model.speaker(torch.nn.functional.normalize(speaker, dim=-1))
+    assert close(voice, g["speaker_projected"].view_as(voice))
     x, kept = model.prompt(ids, keep, audio, speaker)
+    units = g["speech_token_lengths"]
+    assert torch.equal(kept.sum(1) + units, g["lm_input_lengths"].long())
     for row, real, theirs in zip(x, kept, g["lm_input"], strict=True):
         assert close(row[real], theirs[: int(real.sum())])
 
@@ -125,6 +129,12 @@ def test_golden_logits(text_only: bool) -> None:
     assert close(out.logits[out.target != IGNORE], theirs)
     assert torch.equal(out.target[out.target != IGNORE], g["labels"][g["labels"] != IGNORE])
     if not text_only:
+        odds, target = out.logits[out.target != IGNORE].log_softmax(-1), theirs.shape[1] - 1
+        smooth = torch.full_like(odds, 0.1 / target)  # an option that no published recipe takes
+        smooth.scatter_(1, out.target[out.target != IGNORE][:, None], 0.9)
+        divergence = torch.nn.functional.kl_div(odds, smooth, reduction="sum") / len(odds)
+        assert close(divergence, g["loss_label_smoothing_0p1"])
+        assert close(out.loss * len(odds) / len(ids), g["loss_batch_normalised"])
         assert close(out.loss, g["loss"])
         assert close(out.accuracy, g["accuracy"])
 
