@@ -37,7 +37,7 @@ import whisper_dec
 import whisper_enc
 from common import flag, parse, run
 from onnx_file import read_onnx
-from sizes import BUILD, Part
+from sizes import BUILD, Part, hollow
 from weights import (
     MODEL_FILES, as_config, load_strict, match, read_config, read_tensors, save_model,
 )  # fmt: skip
@@ -155,29 +155,31 @@ def assemble(
 ) -> dict[str, nn.Module]:
     """Tensors under public names -> models by part, in eval mode. ValueError: all that does not fit,
     or a file of no kind that is known."""
-    for part, (cls, build) in OURS.items():
+    for name, (cls, build) in OURS.items():
         if config.keys() - {"source"} == {f.name for f in fields(cls)}:
-            with torch.device("meta"):
-                model = build(as_config(cls, config, what))
+            model = hollow(build, as_config(cls, config, what))
             load_strict(model, tensors, what)
-            return {part: model.eval()}
+            return {name: model.eval()}
     if (kind := kind_of(tensors)) is None:
         raise ValueError(f"{what}: no public file that is known; it has {sorted(tensors)[:3]}")
     plain, odd = match(tensors, kind.first)
     ours, problems = match(plain, kind.names, kind.skip)
     models: dict[str, nn.Module] = {}
     state: dict[str, Tensor] = {}
+    what = f"{what} ({kind.title})"
     for name in kind.parts:
         own = {k.removeprefix(f"{name}."): v for k, v in ours.items() if k.startswith(f"{name}.")}
-        part_ = Part(own, config, head, models)
-        with torch.device("meta"):
-            models[name] = BUILD[name](part_)
-        state |= {f"{name}.{k}": v for k, v in part_.ours.items()}
+        part = Part(own, config, head, models)
+        try:
+            models[name] = BUILD[name](part)
+        except ValueError as e:  # sizes that no model can have
+            raise ValueError("\n  ".join([f"{what}: {name}: {e}", *odd, *problems])) from e
+        state |= {f"{name}.{k}": v for k, v in part.ours.items()}
     if "spoken_lm" in models:  # it shares the quantizer of the tokenizer
         shared = {k: v for k, v in state.items() if k.startswith("tokenizer.quantizer.")}
         state |= {k.replace("tokenizer", "spoken_lm", 1): v for k, v in shared.items()}
     whole = nn.ModuleDict(models).eval()
-    load_strict(whole, state, f"{what} ({kind.title})", odd + problems)
+    load_strict(whole, state, what, odd + problems)
     return models
 
 

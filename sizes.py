@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 import aggregator as agg
@@ -30,6 +31,7 @@ import whisper_enc
 from tokenizer import SpeechTokenizer, TokenizerConfig
 
 Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
 # field of a config: "tensor axis", or how many numbers there are at the #
 ENCODER = dict(n_mels="conv1.weight 1", width="conv1.weight 0", layers="blocks.#.",
                ffn="blocks.0.mlp.0.weight 0", max_frames="positions 0")  # fmt: skip
@@ -88,21 +90,28 @@ class Part:
         return cls(**{k: v for k, v in sizes.items() if v is not None})
 
 
+def hollow(build: Callable[..., Model], *args: Any) -> Model:
+    """The model without storage: load_strict lets it take the tensors of the file."""
+    with torch.device("meta"):
+        return build(*args)
+
+
 def encoder(p: Part) -> nn.Module:
     heads = p.heads("conv1.weight 0", "encoder_attention_heads")
     config = p.fill(whisper_enc.EncoderConfig, ENCODER, heads=heads)
-    return whisper_enc.WhisperEncoder(config)
+    return hollow(whisper_enc.WhisperEncoder, config)
 
 
 def decoder(p: Part) -> nn.Module:
     heads = p.heads("tokens.weight 1", "decoder_attention_heads")
-    return whisper_dec.WhisperDecoder(p.fill(whisper_dec.DecoderConfig, DECODER, heads=heads))
+    config = p.fill(whisper_dec.DecoderConfig, DECODER, heads=heads)
+    return hollow(whisper_dec.WhisperDecoder, config)
 
 
 def text_lm(p: Part) -> nn.Module:
     """Here config.json decides: nothing else tells the rotary positions."""
     config, p.ours = llm.settle_head(llm.LlamaConfig.from_hf(p.config), p.ours)
-    return llm.Llama(config)
+    return hollow(llm.Llama, config)
 
 
 def tokenizer(p: Part) -> nn.Module:
@@ -110,7 +119,8 @@ def tokenizer(p: Part) -> nn.Module:
     words = p.fill(agg.AggregatorConfig, DECODER, inner, heads=p.heads(f"{inner}tokens.weight 1"))
     units = p.fill(unit_decoder.UnitDecoderConfig, UNIT_DECODER, "unit_decoder.")
     books = p.fill(rvq.RVQConfig, BOOKS, "quantizer.")
-    return SpeechTokenizer(TokenizerConfig(words, units, "rvq", rvq=books, recon_weight=1.0))
+    config = TokenizerConfig(words, units, "rvq", rvq=books, recon_weight=1.0)
+    return hollow(SpeechTokenizer, config)
 
 
 def spoken(p: Part) -> nn.Module:
@@ -130,14 +140,14 @@ def spoken(p: Part) -> nn.Module:
         n_codebooks=quantizer.n_codebooks, n_codes=quantizer.n_codes,
         latent_dim=quantizer.config.codebook_dim,
     )  # fmt: skip
-    return spoken_lm.SpokenLM(whole, quantizer)
+    return hollow(spoken_lm.SpokenLM, whole, quantizer)
 
 
 def units(p: Part) -> nn.Module:
     heads, strides = p.heads("conv1.weight 0"), p.config.get("strides")
     config = p.fill(s3_units.S3Config, S3, heads=heads, strides=strides)
     p.ours = s3_units.complete(p.ours, config.codes)
-    return s3_units.S3Units(config)
+    return hollow(s3_units.S3Units, config)
 
 
 def voice(p: Part) -> nn.Module:
@@ -146,7 +156,7 @@ def voice(p: Part) -> nn.Module:
     inner, growth = (p.size(f"blocks.1.layers.1.{x}.weight 0") for x in ("squeeze", "local"))
     bottleneck = inner // growth if inner and growth else None
     more = dict(blocks=blocks or None, bottleneck=bottleneck)
-    model = speaker.CAMPlus(p.fill(speaker.CAMPlusConfig, SPEAKER, **more))
+    model = hollow(speaker.CAMPlus, p.fill(speaker.CAMPlusConfig, SPEAKER, **more))
     p.ours = speaker.complete(p.ours, model)
     return model
 
@@ -156,11 +166,11 @@ def mel(p: Part) -> nn.Module:
     channels = tuple(p.size(f"estimator.down.{i}.skip.bias 0") or 0 for i in levels)
     heads = p.heads("estimator.mid.0.blocks.0.q.weight 0")
     more = dict(channels=channels or None, estimator_heads=heads, head_width=p.head)
-    return flow.Flow(p.fill(flow.FlowConfig, FLOW, **more))
+    return hollow(flow.Flow, p.fill(flow.FlowConfig, FLOW, **more))
 
 
 def wave(p: Part) -> nn.Module:
-    model = hift.HiFT(p.fill(hift.HiFTConfig, HIFT)).fold()
+    model = hollow(hift.HiFT, p.fill(hift.HiFTConfig, HIFT)).fold()
     p.ours = hift.respell(p.ours, model.state_dict().keys())
     return model
 
