@@ -1,6 +1,6 @@
 """The weights of two ONNX files by their public names: CosyVoice's S3 tokenizer, and CAM++.
 
-    initializer <-- node that reads it, "/blocks.0/mlp/mlp.2/MatMul" --> encoder.blocks.0.mlp.2.weight
+    initializer <- node that reads it, /blocks.0/mlp/mlp.2/MatMul -> encoder.blocks.0.mlp.2.weight
 
 Exported initializers are mostly anonymous ("onnx::MatMul_1532"), so each is named after the node
 that reads it; MatMul's are stored (in, out) and turned round. In CAM++ most convolutions have
@@ -58,9 +58,10 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             values[node.output[0]] = values[node.input[0]]
     convs = [node for node in graph.node if node.op_type == "Conv"]
     if any(re.match(r"xvector\.", place(node.name)) for node in convs):
-        return dict(campplus(values, convs)), {}
+        return {k: v.clone() for k, v in campplus(values, convs)}, {}  # equal ones were one
     steps = [a.ints[0] for node in convs for a in node.attribute if a.name == "strides"]
-    return dict(s3(values, graph.node, convs)), {"strides": tuple(steps[:2]) or (1, 2)}
+    tensors = {k: v.clone() for k, v in s3(values, graph.node, convs)}
+    return tensors, {"strides": tuple(steps[:2]) or (1, 2)}
 
 
 def array(onnx: Any, initializer: Any) -> Tensor:
@@ -70,7 +71,7 @@ def array(onnx: Any, initializer: Any) -> Tensor:
 
 
 def place(name: str) -> str:
-    """'/blocks.0/mlp/mlp.2/MatMul' -> 'blocks.0.mlp.2.MatMul': a name repeats that of its parent."""
+    """'/blocks.0/mlp/mlp.2/MatMul' -> 'blocks.0.mlp.2.MatMul': a child repeats its parent."""
     parts: list[str] = []
     for part in name.strip("/").split("/"):
         parts.append(part.removeprefix(f"{parts[-1]}.") if parts else part)

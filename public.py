@@ -39,8 +39,14 @@ from common import flag, parse, run
 from onnx_file import read_onnx
 from sizes import BUILD, Part, hollow
 from weights import (
-    MODEL_FILES, as_config, load_strict, match, read_config, read_tensors, save_model,
-)  # fmt: skip
+    MODEL_FILES,
+    as_config,
+    load_strict,
+    match,
+    read_config,
+    read_tensors,
+    save_model,
+)
 
 Names = dict[str, str]
 PARTS = {  # of the whole system -> where it comes from
@@ -123,7 +129,6 @@ def kind_of(tensors: Mapping[str, Any]) -> Kind | None:
     return next(marked, None)
 
 
-
 # --- opening -------------------------------------------------------------------------------------
 
 
@@ -153,8 +158,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def assemble(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], what: str, head: int = 64
 ) -> dict[str, nn.Module]:
-    """Tensors under public names -> models by part, in eval mode. ValueError: all that does not fit,
-    or a file of no kind that is known."""
+    """Tensors under public names -> models by part, in eval mode. ValueError: all that does not
+    fit, or a file of no kind that is known."""
     for name, (cls, build) in OURS.items():
         if config.keys() - {"source"} == {f.name for f in fields(cls)}:
             model = hollow(build, as_config(cls, config, what))
@@ -190,7 +195,8 @@ def open_public(
 
     dtype: of the floating tensors; None: as each is stored, for the caller to cast part by part.
     head: channels of an attention head, of models that are not the released ones."""
-    path, models = Path(path), {}
+    path = Path(path)
+    models: dict[str, nn.Module] = {}
     for file in weight_files(path):
         if file == path or file.suffix != ".onnx":  # these are converted first
             tensors, config = read(file)
@@ -220,7 +226,9 @@ def convert(path: Path, out: Path) -> list[Path]:
 def check(path: Path) -> tuple[list[str], list[str]]:
     """What is there, line by line, and what is wrong with it. Of the weights only the headers are
     read (of files from before torch 1.6, all)."""
-    lines, problems, parts = [], [], set()
+    lines: list[str] = []
+    problems: list[str] = []
+    parts: set[str] = set()
     for file in weight_files(path):
         name = str(file.relative_to(path)) if file != path else file.name
         try:

@@ -1,6 +1,6 @@
 """Which size a public model has, told by the shapes of its tensors.
 
-    {our name: tensor} of one part --tables: which axis is which field--> config --> model, no storage
+    {our name: tensor} of a part --tables: which axis is which field--> config --> model, no storage
 
 A public file rarely says how large its model is, and where a config.json does, each system has
 words of its own; the shapes always tell. What they do not tell is the default of our config: that
@@ -155,7 +155,7 @@ def voice(p: Part) -> nn.Module:
     blocks = tuple((n, 1 if i == 0 else 2) for i, n in enumerate(counts) if n)  # n, dilation
     inner, growth = (p.size(f"blocks.1.layers.1.{x}.weight 0") for x in ("squeeze", "local"))
     bottleneck = inner // growth if inner and growth else None
-    more = dict(blocks=blocks or None, bottleneck=bottleneck)
+    more: dict[str, Any] = dict(blocks=blocks or None, bottleneck=bottleneck)
     model = hollow(speaker.CAMPlus, p.fill(speaker.CAMPlusConfig, SPEAKER, **more))
     p.ours = speaker.complete(p.ours, model)
     return model
@@ -165,7 +165,7 @@ def mel(p: Part) -> nn.Module:
     levels = range(p.size("estimator.down.#.") or 0)
     channels = tuple(p.size(f"estimator.down.{i}.skip.bias 0") or 0 for i in levels)
     heads = p.heads("estimator.mid.0.blocks.0.q.weight 0")
-    more = dict(channels=channels or None, estimator_heads=heads, head_width=p.head)
+    more: dict[str, Any] = dict(channels=channels or None, estimator_heads=heads, head_width=p.head)
     return hollow(flow.Flow, p.fill(flow.FlowConfig, FLOW, **more))
 
 

@@ -32,8 +32,8 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 Names = Mapping[str, str]
 DAMAGED = (  # what safetensors and torch.load raise for files of another kind, or cut short
-    SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, OSError,
-    ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError,
+    EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
 )  # fmt: skip
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

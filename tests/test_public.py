@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 import public
 import whisper_dec
-from aggregator import Aggregator
 from flow import Flow
 from hift import HiFT
 from public import assemble, check, convert, open_public
 from s3_units import S3Units
-from speaker import CAMPlus
 from spoken_lm import SpokenLM
 from tokenizer import SpeechTokenizer
 from weights import read_config, read_tensors
@@ -92,7 +90,9 @@ def test_a_head_of_its_own_and_other_spellings_of_taste() -> None:
     head = {f"{lm}lm_head.weight": released[f"{lm}model.embed_tokens.weight"]}
     models = assemble(released | head, {}, "taste")
     assert total(models)["spoken_lm"] == 1284711682 + 128256 * 2048
-    plain = {k.replace(".default.", ".").replace("base_model.model.", ""): v for k, v in released.items()}
+    plain = {
+        k.replace(".default.", ".").replace("base_model.model.", ""): v for k, v in released.items()
+    }
     assert assemble(plain, {}, "adapter names of peft").keys() == models.keys()
 
 
@@ -164,7 +164,7 @@ def test_the_vocoder_of_taste(tmp_path: Path) -> None:
     assert {p.dtype for m in models.values() for p in m.parameters()} == {torch.float16}
 
 
-# --- Whisper and Llama, as transformers writes them ------------------------------------------------
+# --- Whisper and Llama, as transformers writes them ----------------------------------------------
 
 WHISPER = dict(
     vocab_size=60, num_mel_bins=6, d_model=24, encoder_layers=2, encoder_attention_heads=3,
@@ -195,7 +195,7 @@ def test_whisper_folders_transcribe_like_transformers(
     assert (tmp_path / "model.safetensors").exists() == (shards == "50MB")
     stored = open_public(tmp_path)
     assert {p.dtype for p in stored["encoder"].parameters()} == {dtype}
-    models = open_public(tmp_path, torch.float32)
+    models: dict[str, Any] = open_public(tmp_path, torch.float32)
     mel, prefix = torch.randn(3, 6, 26), [2, 7]
     last, _ = models["encoder"](mel)
     ours = whisper_dec.transcribe(models["decoder"], last, prefix=prefix, eos=1, max_new=12)
@@ -253,7 +253,8 @@ def test_llama_folders(tmp_path: Path, tied: bool) -> None:
     )  # fmt: skip
     theirs = hf.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
-    lm, ids = open_public(tmp_path)["llm"], torch.randint(50, (2, 9))
+    lm: Any = open_public(tmp_path)["llm"]
+    ids = torch.randint(50, (2, 9))
     close(lm.logits(lm(ids)), theirs(ids).logits)
 
 
@@ -308,9 +309,14 @@ def test_a_wrong_tensor_in_each_kind_of_file(tmp_path: Path, file: str, fault: s
 
 
 def test_sizes_that_cannot_be_name_the_file_and_the_rest(tmp_path: Path) -> None:
-    tensors = weights_of("flow") | {"input_embedding.weight": torch.zeros(3, 3), "new": torch.ones(1)}
+    tensors = weights_of("flow") | {
+        "input_embedding.weight": torch.zeros(3, 3),
+        "new": torch.ones(1),
+    }
     torch.save(tensors, tmp_path / "flow.pt")
-    with pytest.raises(ValueError, match=r"flow\.pt \(CosyVoice flow\): flow: the flow needs width") as e:
+    with pytest.raises(
+        ValueError, match=r"flow\.pt \(CosyVoice flow\): flow: the flow needs width"
+    ) as e:
         open_public(tmp_path / "flow.pt", head=16)
     assert "\n  new: maps to nothing" in str(e.value)
 
@@ -323,7 +329,9 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("name", ["flow.pt", "voice_generator.pth", "campplus.bin", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["flow.pt", "voice_generator.pth", "campplus.bin", "pytorch_model.bin"]
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_malicious_pickle_runs_nothing(tmp_path: Path, name: str, zipped: bool) -> None:
     mark, path = tmp_path / "executed", tmp_path / "model" / name
@@ -378,7 +386,7 @@ def test_unknown_files(tmp_path: Path) -> None:
         open_public(tmp_path / "flow.pt")
 
 
-# --- loading costs what the file costs ---------------------------------------------------------------
+# --- loading costs what the file costs -----------------------------------------------------------
 
 
 def test_models_take_the_tensors_of_the_file(tmp_path: Path) -> None:
@@ -395,13 +403,18 @@ def test_models_take_the_tensors_of_the_file(tmp_path: Path) -> None:
     state = {k: v for m in models.values() for k, v in m.state_dict().items()}
     assert not any(v.is_meta for v in state.values())
     learns = {k for k, p in lm.named_parameters() if p.requires_grad}
-    assert learns == {k for k, p in SpokenLM(lm.config, lm.quantizer).named_parameters() if p.requires_grad}
+    assert learns == {
+        k for k, p in SpokenLM(lm.config, lm.quantizer).named_parameters() if p.requires_grad
+    }
     file = read_tensors(tmp_path / "taste.pt")
-    one = assemble(file, {}, "x", 8)["spoken_lm"].audio.weight
-    assert one.data_ptr() == file["spoken_lm.fuse_for_bridge_in_llm.linear.weight"].data_ptr()
+    one: Any = assemble(file, {}, "x", 8)["spoken_lm"]
+    assert (
+        one.audio.weight.data_ptr()
+        == file["spoken_lm.fuse_for_bridge_in_llm.linear.weight"].data_ptr()
+    )
 
 
-# --- commands --------------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------------
 
 
 def command(*argv: object) -> None:
