@@ -218,6 +218,8 @@ def convert(path: Path, out: Path) -> list[Path]:
     if odd := models.keys() - OURS.keys():
         raise ValueError(f"{path} holds {sorted(odd)}: opened as it is, no conversion is needed")
     for part, model in models.items():
+        if isinstance(model, hift.HiFT):
+            model.fold()
         config = getattr(model, "config", None) or getattr(model, "cfg", None)
         save_model(out / part, model, config, source={"file": path.name, "sha256": digest})
     return [out / part for part in models]

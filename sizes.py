@@ -170,7 +170,8 @@ def mel(p: Part) -> nn.Module:
 
 
 def wave(p: Part) -> nn.Module:
-    model = hollow(hift.HiFT, p.fill(hift.HiFTConfig, HIFT)).fold()
+    """Weights split as for training: fold() makes it faster, and needs their size once more."""
+    model = hollow(hift.HiFT, p.fill(hift.HiFTConfig, HIFT))
     p.ours = hift.respell(p.ours, model.state_dict().keys())
     return model
 
