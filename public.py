@@ -55,6 +55,7 @@ PARTS = {  # of the whole system -> where it comes from
     "flow": "voice_generator.pth or flow.pt", "hift": "voice_generator.pth or hift.pt",
 }  # fmt: skip
 OTHER_FILES = ("*.pt", "*.pth", "*.onnx", "campplus*.bin")  # .bin else may be anything
+OTHER_VOCAB = 0.1  # share of the ids by which a tokenizer may differ from the model beside it
 OURS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {  # folders that --convert writes
     "s3": (s3_units.S3Config, s3_units.S3Units),
     "speaker": (speaker.CAMPlusConfig, speaker.CAMPlus),
@@ -231,6 +232,7 @@ def check(path: Path) -> tuple[list[str], list[str]]:
     lines: list[str] = []
     problems: list[str] = []
     parts: set[str] = set()
+    vocab = None
     for file in weight_files(path):
         name = str(file.relative_to(path)) if file != path else file.name
         try:
@@ -240,14 +242,13 @@ def check(path: Path) -> tuple[list[str], list[str]]:
                 tensors, config = read(file)
                 empty = {k: v.to("meta") for k, v in tensors.items()}
                 parts |= (models := assemble(empty, config, str(file))).keys()
-                found = describe(models, tensors)
+                found, vocab = describe(models, tensors), vocab_of(models) or vocab
         except (ValueError, OSError) as e:
             problems.append(str(e))
             found = "see below"
         lines.append(f"{name}: {found}")
     try:
-        tokens = text.load_tokenizer(path)
-        lines.append(f"tokenizer: {type(tokens).__name__}, {tokens.vocab_size:,} ids")
+        lines.append(f"tokenizer: {check_tokenizer(path, vocab)}")
     except FileNotFoundError:
         lines.append("tokenizer: none")
     except ValueError as e:
@@ -255,6 +256,23 @@ def check(path: Path) -> tuple[list[str], list[str]]:
     missing = [f"{part} ({source})" for part, source in PARTS.items() if part not in parts]
     lines.append(f"of the whole system it lacks {', '.join(missing)}")
     return lines, problems
+
+
+def vocab_of(models: Mapping[str, nn.Module]) -> int | None:
+    """Ids that the models of one file know."""
+    configs = [getattr(m, "config", None) or getattr(m, "cfg", None) for m in models.values()]
+    return next((c.vocab for c in configs if hasattr(c, "vocab")), None)
+
+
+def check_tokenizer(path: Path, vocab: int | None) -> str:
+    """What kind the tokenizer of a folder is. ValueError: it cannot be that of the model beside it
+    (a few ids more or less are padding of the table, or tokens that were added)."""
+    tokens = text.load_tokenizer(path, vocab)
+    kind = "SentencePiece" if isinstance(tokens, text.SentencePieceTokenizer) else "byte-level BPE"
+    found = f"{kind}, {tokens.vocab_size:,} ids"
+    if vocab and abs(tokens.vocab_size - vocab) > vocab * OTHER_VOCAB:
+        raise ValueError(f"{path}: the tokenizer is {found}; the model beside it has {vocab:,}")
+    return found
 
 
 def describe(models: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> str:

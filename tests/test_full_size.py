@@ -28,7 +28,7 @@ def peak():  # not getrusage's: a new process starts with the peak of the one th
 def times():
     return [round(f() - t, 1) for f, t in zip((time.monotonic, time.process_time), start)]
 
-torch.empty(1, device="meta").normal_() * torch.ones(1, device="meta")  # imports what meta tensors need
+torch.empty(1, device="meta").normal_() * torch.ones(1, device="meta")  # does late imports
 open("/proc/self/clear_refs", "w").write("5")  # the peak of the imports is not that of loading
 before, start = peak(), (time.monotonic(), time.process_time())
 models = public.open_public(sys.argv[1])

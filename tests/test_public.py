@@ -1,5 +1,6 @@
 """public.py: files of every public kind, whole and damaged, and the two commands."""
 
+import base64
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from hift import HiFT
 from public import assemble, check, convert, open_public
 from s3_units import S3Units
 from spoken_lm import SpokenLM
+from text import train_sentencepiece
 from tokenizer import SpeechTokenizer
 from weights import read_config, read_tensors
 
@@ -458,6 +460,24 @@ def test_check_ends_with_all_problems_and_code_2(
             command(*argv)
         assert e.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    lines = ["the quiet captain saw seven ships near the old harbor"]
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(lines, 300))
+    hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    shown, problems = check(tmp_path)
+    assert not problems
+    assert any(line.startswith("tokenizer: SentencePiece, ") for line in shown)
+    hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=900, **sizes)).save_pretrained(tmp_path)
+    (problem,) = check(tmp_path)[1]
+    assert "the tokenizer is SentencePiece, " in problem
+    assert problem.endswith("the model beside it has 900")
+    rows = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(rows))  # the other kind of that name
+    assert "the tokenizer is byte-level BPE, 512 ids" in check(tmp_path)[1][0]
 
 
 def test_convert_writes_folders_that_open_again(tmp_path: Path) -> None:
