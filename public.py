@@ -150,10 +150,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A weight file or a model folder -> tensors under public names, and what tells more sizes."""
     if path.suffix == ".onnx":
         return read_onnx(path)
-    folder = path if path.is_dir() else path.parent
-    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    folder = path.parent if path.name in MODEL_FILES else path
+    if (folder / "config.json").is_file():
+        return read_tensors(path), read_config(folder)
     # the stride of 25 Hz units is in no tensor; S3Tokenizer goes by the name, too
-    return read_tensors(path), config | ({"strides": (2, 2)} if "25hz" in path.name else {})
+    return read_tensors(path), {"strides": (2, 2)} if "25hz" in path.name else {}
 
 
 def assemble(
@@ -166,6 +167,8 @@ def assemble(
             model = hollow(build, as_config(cls, config, what))
             load_strict(model, tensors, what)
             return {name: model.eval()}
+    if of_a_bundle(config):
+        raise ValueError(f"{what}: trained here, to be opened with the rest of its bundle")
     if (kind := kind_of(tensors)) is None:
         raise ValueError(f"{what}: no public file that is known; it has {sorted(tensors)[:3]}")
     plain, odd = match(tensors, kind.first)
@@ -187,6 +190,13 @@ def assemble(
     whole = nn.ModuleDict(models).eval()
     load_strict(whole, state, what, odd + problems)
     return models
+
+
+def of_a_bundle(config: Mapping[str, Any]) -> bool:
+    """Of our own, and no stage that public files have: all config.json of transformers say more."""
+    own = [{f.name for f in fields(cls)} for cls, _ in OURS.values()]
+    keys = config.keys() - {"source"}
+    return "model_type" not in keys and keys not in [set(), {"strides"}, *own]
 
 
 def open_public(
@@ -236,13 +246,9 @@ def check(path: Path) -> tuple[list[str], list[str]]:
     for file in weight_files(path):
         name = str(file.relative_to(path)) if file != path else file.name
         try:
-            if file.suffix == ".onnx":
-                found = f"ONNX: python public.py --convert {file} --out BUNDLE"
-            else:
-                tensors, config = read(file)
-                empty = {k: v.to("meta") for k, v in tensors.items()}
-                parts |= (models := assemble(empty, config, str(file))).keys()
-                found, vocab = describe(models, tensors), vocab_of(models) or vocab
+            found, models = look(file)
+            parts |= models.keys()
+            vocab = vocab_of(models) or vocab
         except (ValueError, OSError) as e:
             problems.append(str(e))
             found = "see below"
@@ -258,10 +264,25 @@ def check(path: Path) -> tuple[list[str], list[str]]:
     return lines, problems
 
 
+def look(file: Path) -> tuple[str, dict[str, nn.Module]]:
+    """What a file is, and its models without their weights."""
+    if file.suffix == ".onnx":
+        return f"ONNX: python public.py --convert {file} --out BUNDLE", {}
+    tensors, config = read(file)
+    if of_a_bundle(config):
+        return "trained here, part of a bundle", {}
+    if kind_of(tensors) is None and not config:
+        return f"not a file that is known, it has {sorted(tensors)[:3]}", {}
+    models = assemble({k: v.to("meta") for k, v in tensors.items()}, config, str(file))
+    return describe(models, tensors), models
+
+
 def vocab_of(models: Mapping[str, nn.Module]) -> int | None:
     """Ids that the models of one file know."""
-    configs = [getattr(m, "config", None) or getattr(m, "cfg", None) for m in models.values()]
-    return next((c.vocab for c in configs if hasattr(c, "vocab")), None)
+    if isinstance(lm := models.get("llm"), llm.Llama):
+        return lm.config.vocab
+    decoder = models.get("decoder")
+    return decoder.cfg.vocab if isinstance(decoder, whisper_dec.WhisperDecoder) else None
 
 
 def check_tokenizer(path: Path, vocab: int | None) -> str:

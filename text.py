@@ -394,8 +394,7 @@ def align_words(
 
 if __name__ == "__main__":
     line = "the quiet captain saw seven ships near the old harbor"
-    asr = SentencePieceTokenizer(train_sentencepiece([line], 300))
-    llm = SentencePieceTokenizer(train_sentencepiece([line], 330))
+    asr, llm = (SentencePieceTokenizer(train_sentencepiece([line], n)) for n in (300, 330))
     aligned = align_words("the ships saw Zoë", asr, llm)
     print("asr", [asr.decode([i]) for i in aligned.asr_ids], aligned.asr_word_ids)
     print("llm", [llm.decode([i]) for i in aligned.llm_ids], aligned.llm_word_ids)

@@ -22,7 +22,7 @@ from s3_units import S3Units
 from spoken_lm import SpokenLM
 from text import train_sentencepiece
 from tokenizer import SpeechTokenizer
-from weights import read_config, read_tensors
+from weights import read_config, read_tensors, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
 COSY = GOLDEN / "cosyvoice"
@@ -434,10 +434,14 @@ def test_check_says_what_is_there_and_what_is_missing(
     (tmp_path / "cosyvoice").mkdir()
     (tmp_path / "campplus.onnx").write_bytes(b"\x08")
     torch.save(both, tmp_path / "cosyvoice/voice_generator.pth")
+    torch.save({"llm.weight": torch.zeros(2)}, tmp_path / "llm.pt")
     command("--check", tmp_path)
     shown = capsys.readouterr().out
-    assert "encoder 3,456 + decoder" in shown or "encoder " in shown
-    assert "float16" in shown
+    assert "llm.pt: not a file that is known, it has ['llm.weight']" in shown
+    theirs = whisper().model  # its token table is the decoder's output layer, too
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (theirs.encoder, theirs.decoder)]
+    assert f": encoder {sizes[0]:,} + decoder {sizes[1]:,} parameters; stored: " in shown
+    assert f"stored: {sum(sizes):,} float16; 0.00 GB" in shown
     assert "cosyvoice/voice_generator.pth: flow " in shown
     assert "campplus.onnx: ONNX: python public.py --convert" in shown
     assert "lacks llm (Llama), tokenizer (TASTE), spoken_lm (TASTE), s3 (" in shown
@@ -478,6 +482,15 @@ def test_the_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
     rows = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
     (tmp_path / "tokenizer.model").write_bytes(b"".join(rows))  # the other kind of that name
     assert "the tokenizer is byte-level BPE, 512 ids" in check(tmp_path)[1][0]
+
+
+def test_folders_of_a_bundle_are_named(tmp_path: Path) -> None:
+    save_model(tmp_path, nn.Linear(2, 2), {"encoder": {}, "decoder": {}, "eos": 2})
+    shown, problems = check(tmp_path)
+    assert shown[0].endswith(": trained here, part of a bundle")
+    assert not problems
+    with pytest.raises(ValueError, match="to be opened with the rest of its bundle"):
+        open_public(tmp_path)
 
 
 def test_convert_writes_folders_that_open_again(tmp_path: Path) -> None:

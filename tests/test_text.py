@@ -180,7 +180,15 @@ def polyglot() -> list[str]:
     rng = random.Random(1)
     words = [word for line in SENTENCES.splitlines() for word in line.split()]
     ends = ["", "", "", "", ",", ".", "?!", ":", "...", ") ", "\n", " -- ", "\u3002", "'s"]
-    cases = [str, str, str, str.upper, str.capitalize, lambda w: f"({w}", lambda w: f"{w}{w}"]
+    cases: list[Any] = [
+        str,
+        str,
+        str,
+        str.upper,
+        str.capitalize,
+        lambda w: f"({w}",
+        lambda w: f"{w}{w}",
+    ]
     many = [rng.choice(cases)(rng.choice(words)) + rng.choice(ends) for _ in range(5000)]
     return [" ".join(many[i : i + 25]) for i in range(0, len(many), 25)]
 
