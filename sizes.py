@@ -60,6 +60,7 @@ FLOW = dict(
     stage_blocks="estimator.mid.0.blocks.#.",
 )  # fmt: skip
 HIFT = dict(channels="pre.bias 0", f0_channels="f0.out.weight 1")
+WHISPER = {"model_type": "whisper", "activation_function": "gelu", "scale_embedding": False}
 
 
 @dataclass
@@ -96,7 +97,15 @@ def hollow(build: Callable[..., Model], *args: Any) -> Model:
         return build(*args)
 
 
+def refuse(config: Mapping[str, Any]) -> None:
+    """ValueError: a relative of Whisper that our encoder and decoder do not compute."""
+    for key, ours in WHISPER.items() if "encoder_attention_heads" in config else ():
+        if config.get(key, ours) != ours:
+            raise ValueError(f"config.json: {key}={config[key]!r}, only {ours!r} is supported")
+
+
 def encoder(p: Part) -> nn.Module:
+    refuse(p.config)
     heads = p.heads("conv1.weight 0", "encoder_attention_heads")
     config = p.fill(whisper_enc.EncoderConfig, ENCODER, heads=heads)
     return hollow(whisper_enc.WhisperEncoder, config)

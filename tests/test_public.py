@@ -98,6 +98,22 @@ def test_a_head_of_its_own_and_other_spellings_of_taste() -> None:
     assert assemble(plain, {}, "adapter names of peft").keys() == models.keys()
 
 
+@pytest.mark.parametrize("head", ["latent", "token", "token_mse"])
+def test_heads_of_taste(head: str) -> None:
+    tensors, name = taste(), "spoken_lm.extract_for_bridge_out_llm."
+    if head != "latent":
+        for key in ("fc_mu.weight", "fc_mu.bias", *(["b_logvar"] if head == "token" else [])):
+            del tensors[name + key]
+        tensors |= {
+            f"{name}linear.weight": torch.ones(96, 32),
+            f"{name}linear.bias": torch.ones(96),
+        }
+    lm = assemble(tensors, {}, "x", 8)["spoken_lm"]
+    assert isinstance(lm, SpokenLM)
+    assert lm.config.head == head
+    assert (lm.config.lora_rank, lm.config.lora_alpha) == (4, 8)
+
+
 @torch.no_grad()
 def test_taste_opens_and_gives_the_public_numbers(tmp_path: Path) -> None:
     tensors, g = taste(), load_file(GOLDEN / "taste/full_forward.safetensors")
@@ -210,6 +226,15 @@ def test_whisper_folders_transcribe_like_transformers(
     rows = [row[: row.index(1)] if 1 in row else row for row in ids[:, 2:].tolist()]
     assert ours == rows
     assert len({i for row in rows for i in row}) > 3
+
+
+def test_a_relative_of_whisper_is_refused(tmp_path: Path) -> None:
+    whisper().save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    for key, value in {"activation_function": "relu", "scale_embedding": True}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"Whisper\): encoder: config\.json: {key}="):
+            open_public(tmp_path)
 
 
 def openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
