@@ -14,7 +14,7 @@ the end of an item would see the padding, so vocode items one by one.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from weights import load_strict, rename
+from weights import load_strict, match
 
 Maybe = Tensor | None
 MAX_MAGNITUDE = 100.0  # of one bin of the inverse STFT
@@ -385,18 +385,23 @@ _LEAVES = {r"weight_g": G, r"weight_v": V, _LEAF: r"\g<leaf>"}  # old split; fol
 NAMES = {rf"{a}\.{x}": f"{b}.{y}" for a, b in _PARTS.items() for x, y in _LEAVES.items()}
 
 
-def load_public(model: HiFT, tensors: Mapping[str, Tensor], what: str = "hift.pt") -> HiFT:
-    """Fill `model` from public names, weights split or folded on either side; else ValueError."""
-    ours, wanted = rename(tensors, NAMES), model.state_dict()
-    for stem in {k.removesuffix(V) for k in ours.keys() - wanted.keys() if k.endswith(V)}:
+def respell(ours: dict[str, Tensor], wanted: KeysView[str]) -> dict[str, Tensor]:
+    """Weights split or folded in the file as `wanted` has them: ours, changed in place."""
+    for stem in {k.removesuffix(V) for k in ours.keys() - wanted if k.endswith(V)}:
         if stem + G in ours:  # the file is split, the model folded
             g, v = ours.pop(stem + G), ours.pop(stem + V)
             ours[stem + "weight"] = g * v / v.norm(dim=(1, 2), keepdim=True)
-    for stem in {k.removesuffix(V) for k in wanted.keys() - ours.keys() if k.endswith(V)}:
+    for stem in {k.removesuffix(V) for k in wanted - ours.keys() if k.endswith(V)}:
         if stem + "weight" in ours:  # the other way round
             ours[stem + V] = v = ours.pop(stem + "weight")
             ours[stem + G] = v.norm(dim=(1, 2), keepdim=True)
-    load_strict(model, ours, what)
+    return ours
+
+
+def load_public(model: HiFT, tensors: Mapping[str, Tensor], what: str = "hift.pt") -> HiFT:
+    """Fill `model` from public names, weights split or folded on either side; else ValueError."""
+    ours, problems = match(tensors, NAMES)
+    load_strict(model, respell(ours, model.state_dict().keys()), what, problems)
     return model
 
 

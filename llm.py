@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kv_cache import KVCache, causal_keep
-from weights import load_strict, read_config, read_tensors, rename
+from weights import load_strict, match, read_config, read_tensors
 
 INIT_STD = 0.02  # of all matrices when trained from scratch
 
@@ -329,26 +329,27 @@ SKIP = (r".*rotary_emb\.inv_freq",)  # old files store what frequencies() comput
 
 
 def settle_head(
-    config: LlamaConfig, tensors: Mapping[str, Tensor]
+    config: LlamaConfig, tensors: Mapping[str, Tensor], prefix: str = ""
 ) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Our names: a head stored beside a tied table is used, or dropped where it is a mere copy."""
-    tensors = dict(tensors)
-    if config.tied and (head := tensors.get("head.weight")) is not None:
-        if head.equal(tensors["embed.weight"]):
-            del tensors["head.weight"]
-        else:
+    tensors, table = dict(tensors), tensors.get(f"{prefix}embed.weight")
+    if config.tied and (head := tensors.get(f"{prefix}head.weight")) is not None:
+        if table is None or head.is_meta or not head.equal(table):
             config = replace(config, tied=False)
+        else:
+            del tensors[f"{prefix}head.weight"]
     return config, tensors
 
 
 def load_llama(folder: Path) -> Llama:
-    """A public model folder, as `hf download` leaves it (config.json, weights) -> Llama, fp32."""
+    """A public model folder, as `hf download` leaves it (config.json, weights) -> Llama, in the
+    dtype of the file."""
     config = LlamaConfig.from_hf(read_config(folder))
-    config, tensors = settle_head(config, rename(read_tensors(folder), NAMES, SKIP))
-    with torch.device("meta"):  # no random numbers for what is overwritten at once
+    ours, problems = match(read_tensors(folder), NAMES, SKIP)
+    config, ours = settle_head(config, ours)
+    with torch.device("meta"):
         model = Llama(config)
-    model.to_empty(device="cpu")
-    load_strict(model, tensors, str(folder))
+    load_strict(model, ours, str(folder), problems)
     return model.eval()
 
 

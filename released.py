@@ -26,6 +26,7 @@ import text
 import whisper_dec
 from continuation import Prompt, Sampling, VocabularySets, generate
 from pipeline import Speech, cut, share
+from public import open_public
 from speaker import CAMPlus
 from spoken_lm import IGNORE, SpokenLM
 from tokenizer import SpeechTokenizer
@@ -63,8 +64,6 @@ def open_models(model: Path, asr: Path, device: torch.device) -> Models:
     converted into a folder beside them (see public.py); asr: whisper-large-v3. All in fp32.
 
     ValueError: parts are missing, or do not fit."""
-    from public import open_public
-
     parts, heard = (open_public(folder, torch.float32) for folder in (model, asr))
     wanted = {"encoder", "tokenizer", "spoken_lm", "speaker", "flow", "hift"}
     for folder, gap in (

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import audio
-from weights import load_strict, rename
+from weights import load_strict, match
 
 DECAY = 0.99  # of the moving averages, per training step
 DEAD = 0.1  # a code used less than this share of the mean use is moved onto a random frame
@@ -276,12 +276,15 @@ NAMES = {  # public name (S3Tokenizer's, after its reading of speech_tokenizer_v
 }
 
 
-def load_public(model: S3Units, tensors: Mapping[str, Tensor], what: str = "S3 weights") -> None:
-    """Fill `model` from tensors under public names, or raise ValueError with all differences.
+def complete(ours: Mapping[str, Tensor], codes: int) -> dict[str, Tensor]:
+    """The public file has no usage counts: all codes start with the same, to be trained further."""
+    return {**ours, "usage": torch.ones(codes)}
 
-    The public file has no usage counts: all codes start with the same, to be trained further."""
-    usage = torch.ones_like(model.usage)
-    load_strict(model, {**rename(tensors, NAMES), "usage": usage}, what)
+
+def load_public(model: S3Units, tensors: Mapping[str, Tensor], what: str = "S3 weights") -> None:
+    """Fill `model` from tensors under public names, or raise ValueError with all differences."""
+    ours, problems = match(tensors, NAMES)
+    load_strict(model, complete(ours, model.cfg.codes), what, problems)
 
 
 if __name__ == "__main__":

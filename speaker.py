@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import load_strict, rename
+from weights import load_strict, match
 
 MIN_FRAMES = 3  # of fbank: two positions after stride 2
 FREQ_STRIDE = 8  # mel bins that become one: three strides of 2 in the head
@@ -224,13 +224,16 @@ NAMES = {  # public name (3D-Speaker's CAMPPlus, campplus_cn_common.bin) -> ours
 }
 
 
-def load_public(model: CAMPlus, tensors: Mapping[str, Tensor], what: str = "CAM++ weights") -> None:
-    """Fill `model` from tensors under public names, or raise ValueError with all differences.
-
-    Batch counters may be missing (exports drop them, no result depends on them): then 0."""
-    ours = rename(tensors, NAMES)
+def complete(ours: Mapping[str, Tensor], model: CAMPlus) -> dict[str, Tensor]:
+    """Batch counters may be missing (exports drop them, no result depends on them): then 0."""
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
-    load_strict(model, {name: torch.tensor(0) for name in counters} | ours, what)
+    return {name: torch.tensor(0) for name in counters} | dict(ours)
+
+
+def load_public(model: CAMPlus, tensors: Mapping[str, Tensor], what: str = "CAM++ weights") -> None:
+    """Fill `model` from tensors under public names, or raise ValueError with all differences."""
+    ours, problems = match(tensors, NAMES)
+    load_strict(model, complete(ours, model), what, problems)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import lora
 from fsq import FSQ
 from llm import Llama, LlamaConfig, pick
 from rvq import RVQ
-from weights import load_strict, rename
+from weights import load_strict, match
 
 IGNORE = -1  # label of a position that predicts nothing; also word id and code of padding
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of the Llama that LoRA adapts
@@ -68,15 +68,9 @@ class SpokenLMConfig:
 
 
 TINY = SpokenLMConfig(
-    llama.TINY,
-    sos=1,
-    lora_rank=16,
-    lora_alpha=32.0,
-    audio_dim=128,
-    head="token",
-    n_codebooks=12,
-    n_codes=8,
-)
+    llama.TINY, sos=1, lora_rank=16, lora_alpha=32.0, audio_dim=128, head="token",
+    n_codebooks=12, n_codes=8,
+)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -359,32 +353,34 @@ class SpokenLM(nn.Module):
         load_strict(self, frozen | dict(tensors), "spoken LM")
 
 
-# What follows the public prefix `spoken_lm.`, outside the Llama.
+# What follows the public prefix `spoken_lm.`, once peft's names are undone.
 NAMES = {
-    r"pad_text_unit_embed": "pad_text",
-    r"pad_audio_unit_embed": "pad_audio",
+    r"pad_(text|audio)_unit_embed": r"pad_\1",
     r"fuse_for_bridge_in_llm\.weights": "weights",
     r"fuse_for_bridge_in_llm\.linear\.(weight|bias)": r"audio.\1",
     r"extract_for_bridge_out_llm\.fc_mu\.(weight|bias)": r"head.mu.\1",
     r"extract_for_bridge_out_llm\.b_logvar": "head.logvar",
     r"extract_for_bridge_out_llm\.linear\.(weight|bias)": r"head.linear.\1",
+    **{rf"language_model\.{row}": f"llm.{ours}" for row, ours in llama.NAMES.items()},
 }
+SKIP = tuple(rf"language_model\.{row}" for row in llama.SKIP)
+PEFT = {rf"language_model\.{row}": f"language_model.{new}" for row, new in lora.NAMES.items()}
+PEFT[r"((?!language_model\.).+)"] = r"\1"
 
 
 def from_public(
     tensors: Mapping[str, Tensor], config: SpokenLMConfig, quantizer: FSQ | RVQ
 ) -> SpokenLM:
-    """Public tensors, without the prefix `spoken_lm.` -> the model, in eval mode, fp32."""
-    inner = "language_model."
-    ours = rename({k: v for k, v in tensors.items() if not k.startswith(inner)}, NAMES)
+    """Public tensors, without the prefix `spoken_lm.` -> the model, in eval mode, their dtypes."""
+    plain, odd = match(tensors, PEFT)
+    ours, problems = match(plain, NAMES, SKIP)
     if config.head == "token_mse":
         ours.pop("head.logvar", None)  # in the file, without a use
-    text = {k.removeprefix(inner): v for k, v in tensors.items() if k.startswith(inner)}
-    text = rename(rename(text, lora.NAMES), llama.NAMES, llama.SKIP)
-    llm, text = llama.settle_head(config.llm, text)
-    model = SpokenLM(replace(config, llm=llm), quantizer)
-    ours |= {f"llm.{k}": v for k, v in text.items()}
-    load_strict(model, ours | {f"quantizer.{k}": v for k, v in quantizer.state_dict().items()})
+    llm, ours = llama.settle_head(config.llm, ours, "llm.")
+    with torch.device("meta"):
+        model = SpokenLM(replace(config, llm=llm), quantizer)
+    ours |= {f"quantizer.{k}": v for k, v in quantizer.state_dict().items()}
+    load_strict(model, ours, "spoken LM", odd + problems)
     return model.eval()
 
 

@@ -231,14 +231,15 @@ def train_sentencepiece(lines: Iterable[str], vocab_size: int, byte_fallback: bo
     return model.getvalue()
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab: int | None = None) -> Tokenizer:
     """A tokenizer file, or a model folder with one in it. The content decides, not the name.
 
-    SentencePiece models; rank files of Whisper (*.tiktoken, specials of large-v3) and
-    Llama 3 (tokenizer.model); tokenizer.json and vocab.json + merges.txt of byte-level BPE."""
+    SentencePiece models; rank files of Whisper (*.tiktoken) and Llama 3 (tokenizer.model);
+    tokenizer.json and vocab.json + merges.txt of byte-level BPE. vocab: ids of the model, which
+    tell the specials of Whisper before large-v3."""
     path = Path(path)
     if path.is_dir():
-        return load_tokenizer(_find(path))
+        return load_tokenizer(_find(path), vocab)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     data = path.read_bytes()
@@ -249,7 +250,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             spec = json.loads(data)
             return _from_json(spec) if "model" in spec else _from_vocab(path, spec)
         if re.match(rb"[A-Za-z0-9+/]*=* \d+\r?\n", data):
-            return _from_ranks(data, path.name)
+            return _from_ranks(data, path.name, vocab)
     except (ValueError, KeyError, TypeError, re.error) as e:
         raise ValueError(f"{path}: damaged, or no tokenizer that is understood ({e!r})") from e
     raise ValueError(f"{path}: not a tokenizer (starts with {data[:20]!r}), {WANTED}")
@@ -263,13 +264,15 @@ def _find(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder}: no tokenizer in this folder, {WANTED}")
 
 
-def _from_ranks(data: bytes, name: str) -> BytePairTokenizer:
+def _from_ranks(data: bytes, name: str, vocab: int | None) -> BytePairTokenizer:
     """Lines of `base64 rank`; special tokens are not in the file, they follow the last rank."""
     rows = [line.split() for line in data.splitlines() if line]
     ids = {base64.b64decode(token): int(rank) for token, rank in rows}  # Whisper's last one is ""
-    llama = len(ids) > LLAMA3_MIN or name == "tokenizer.model"
+    llama, start = len(ids) > LLAMA3_MIN or name == "tokenizer.model", max(ids.values()) + 1
     names = _llama3_special() if llama else _whisper_special()
-    special = {name: i for i, name in enumerate(names, start=max(ids.values()) + 1)}
+    if not llama and (start == 50256 or vocab == start + len(names) - 1):  # 50256: English only
+        names.remove("<|yue|>")
+    special = {name: i for i, name in enumerate(names, start)}
     return BytePairTokenizer(ids, [LLAMA3 if llama else GPT2], special=special)
 
 
@@ -391,9 +394,7 @@ def align_words(
 
 if __name__ == "__main__":
     line = "the quiet captain saw seven ships near the old harbor"
-    asr = SentencePieceTokenizer(train_sentencepiece([line], 300))
-    llm = SentencePieceTokenizer(train_sentencepiece([line], 330))
+    asr, llm = (SentencePieceTokenizer(train_sentencepiece([line], n)) for n in (300, 330))
     aligned = align_words("the ships saw Zoë", asr, llm)
-    print("words", aligned.words, "-> pieces of", asr.vocab_size, "and", llm.vocab_size, "kinds")
     print("asr", [asr.decode([i]) for i in aligned.asr_ids], aligned.asr_word_ids)
     print("llm", [llm.decode([i]) for i in aligned.llm_ids], aligned.llm_word_ids)

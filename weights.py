@@ -6,6 +6,9 @@
 Weights enter one to one or not at all: every tensor of a file has exactly one place in the model
 and every place is filled; else one error lists all differences and the model is untouched. A name
 table maps public names to ours: {regex of the public name: our name}, see NAMES in the stages.
+
+Files are memory-mapped, and a model on the meta device takes the tensors as they are: no copy is
+made, and the disk is read when a weight is first used.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ import pickle
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +32,12 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 Names = Mapping[str, str]
 DAMAGED = (  # what safetensors and torch.load raise for files of another kind, or cut short
-    SafetensorError, pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError,
-    ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError,
+    EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
 )  # fmt: skip
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder; also with .index.json
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,17 +47,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     one level down, beside the sizes. A file of another kind, or without tensors: ValueError."""
     path = Path(path)
     if path.is_dir():
-        if (index := path / "model.safetensors.index.json").exists():
-            shards = sorted(set(read_json(index, "weight_map").values()))
-            return {k: v for shard in shards for k, v in read_tensors(path / shard).items()}
-        return read_tensors(path / "model.safetensors")
+        return read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; see README.md on where to get it")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 cannot be
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             state = state.get("model_state_dict", state)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     except DAMAGED as e:
@@ -61,10 +66,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def rename(
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder. Shards must hold what their index says, nothing else."""
+    for name in MODEL_FILES:
+        if (index := folder / f"{name}.index.json").exists():
+            return read_shards(index, read_json(index, "weight_map"))
+        if (folder / name).exists():
+            return read_tensors(folder / name)
+    return read_tensors(folder / MODEL_FILES[0])  # which says that it is not there
+
+
+def read_shards(index: Path, where: Mapping[str, Any]) -> dict[str, Tensor]:
+    """where: {tensor: file beside the index}"""
+    if odd := [x for x in where.values() if not isinstance(x, str) or Path(x).name != x]:
+        raise ValueError(f"{index}: {odd[0]!r} is no name of a file in this folder")
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for shard in sorted(set(where.values())):
+        part, named = read_tensors(index.with_name(shard)), {k for k in where if where[k] == shard}
+        problems += [f"{k}: in the index, not in {shard}" for k in named - part.keys()]
+        problems += [f"{k}: in {shard}, the index has it elsewhere" for k in part.keys() - named]
+        tensors |= part
+    if problems:
+        raise ValueError(f"{index}: {len(problems)} problems\n  " + "\n  ".join(sorted(problems)))
+    return tensors
+
+
+def match(
     tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()
-) -> dict[str, Tensor]:
-    """Public names -> ours. Each tensor must match exactly one row of `names`, or one of `skip`."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Public names -> ours, and a line on each tensor that has no place, for load_strict to report.
+
+    Each must match exactly one row of `names`, to which no other came, or else one of `skip`."""
     ours: dict[str, Tensor] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -73,22 +106,42 @@ def rename(
             ours[keys[0]] = tensor
         elif keys or not any(re.fullmatch(row, name) for row in skip):
             problems.append(f"{name}: maps to {keys or 'nothing'}, expected one free name")
+    return ours, problems
+
+
+def rename(
+    tensors: Mapping[str, Tensor], names: Names, skip: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Public names -> ours, or ValueError that names all tensors without a place: see match."""
+    ours, problems = match(tensors, names, skip)
     if problems:
         raise ValueError(f"{len(problems)} unknown tensors\n  " + "\n  ".join(sorted(problems)))
     return ours
 
 
-def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "weights") -> None:
-    """Fill `model` from `tensors` (our names), or raise ValueError that names every difference."""
-    ours = model.state_dict()
-    problems = [f"{k}: in the file, not in the model" for k in tensors.keys() - ours.keys()]
+def load_strict(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str = "weights",
+    problems: Iterable[str] = (),
+) -> None:
+    """Fill `model` from `tensors` (our names), or raise ValueError that names every difference,
+    the `problems` of match among them.
+
+    The model keeps its dtype, or, where it lies on the meta device, takes the tensors themselves
+    in theirs."""
+    ours, problems = model.state_dict(), [*problems]
+    problems += [f"{k}: in the file, not in the model" for k in tensors.keys() - ours.keys()]
     problems += [f"{k}: in the model, not in the file" for k in ours.keys() - tensors.keys()]
     for k in ours.keys() & tensors.keys():
-        if ours[k].shape != tensors[k].shape:
-            problems.append(f"{k}: {[*tensors[k].shape]} in the file, {[*ours[k].shape]} here")
+        a, b = tensors[k], ours[k]
+        if a.shape != b.shape:
+            problems.append(f"{k}: {[*a.shape]} in the file, {[*b.shape]} here")
+        if a.dtype not in (FLOATS if b.is_floating_point() else INTS):
+            problems.append(f"{k}: {a.dtype} in the file, {b.dtype} here")
     if problems:
         raise ValueError(f"{what}: {len(problems)} problems\n  " + "\n  ".join(sorted(problems)))
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=any(v.is_meta for v in ours.values()))
 
 
 def read_config(folder: Path, key: str = "") -> dict[str, Any]:
@@ -112,7 +165,10 @@ def read_json(path: Path, key: str = "") -> dict[str, Any]:
 
 
 def as_config(cls: type[Config], values: Mapping[str, Any], what: str = "config.json") -> Config:
-    """A config dataclass from JSON values (lists become tuples); odd or missing keys are errors."""
+    """A config dataclass from JSON values (lists become tuples); odd or missing keys are errors.
+
+    "source", where a converted model came from, is for the reader."""
+    values = {k: v for k, v in values.items() if k != "source"}
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if values.keys() != fields:
         odd = sorted(values.keys() ^ fields)

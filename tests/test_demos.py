@@ -12,7 +12,9 @@ from test_layout import FILES, ROOT, ROW, STAGES
 DEMO = 'if __name__ == "__main__":'
 SCRIPT = ROW["train_tokenizer"]
 DEMOS = [
-    p for p in FILES if ROW.get(p.stem, 0) < SCRIPT and DEMO in p.read_text() and p.stem != "synth"
+    p
+    for p in FILES
+    if ROW.get(p.stem, 0) < SCRIPT and DEMO in p.read_text() and p.stem not in ("synth", "public")
 ]
 SCRIPTS = [p for p in FILES if ROW.get(p.stem, 0) >= SCRIPT]
 

@@ -32,6 +32,27 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+WHISPERS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SENTENCES = """The old harbour was quiet that evening, and seven ships weren't expected before 1930.
+Der große Kapitän aß süße Äpfel, während draußen 12345 Vögel über die Straße flogen.
+Où est passé l'élève qui avait reçu ça hier, près de la forêt enneigée d'Épinal ?
+¿Cuándo volverá el niño de la montaña? Mañana, quizás, según dijo su compañera.
+A irmã não queria pão, só maçãs; às três horas já estavam à mesa outra vez.
+Zażółć gęślą jaźń, powiedział źle ubrany chłopiec, który łowił ryby w środę.
+Příliš žluťoučký kůň běžel přes řeku a děti se mu smály až do večera.
+Şişman çocuk ığdır'da güneşli bir öğleden sonra üzüm yedi, sonra eve döndü.
+Hän söi äidin leipomia pullia yöllä, vaikka lääkäri oli kieltänyt häntä.
+Hôm nay trời đẹp quá, chúng tôi muốn đi dạo quanh hồ rồi uống cà phê sữa đá.
+Съешь ещё этих мягких французских булок, сказала бабушка и налила чаю.
+Щовечора їхній ґанок пахнув яблуками, а дівчинка співала про зорі.
+Ο γέρος ψαράς κοίταξε τη θάλασσα και είπε ότι αύριο θα έχει φουρτούνα.
+ذهب الولد إلى المدرسة صباحًا، ثمّ عاد مع أصدقائه في الساعة الخامسة.
+הילדה הקטנה קנתה לחם וחלב בשוק, ואחר כך חזרה הביתה ברגל.
+बच्चे आज स्कूल नहीं गए क्योंकि रात भर ज़ोर की बारिश होती रही।
+วันนี้อากาศดีมาก เราจึงไปเดินเล่นที่สวนสาธารณะใกล้บ้าน
+오늘은 날씨가 좋아서 친구와 함께 강가를 천천히 걸었습니다.
+きのう友だちと図書館へ行って、むずかしい漢字を100個も書きました。
+昨天晚上下了一场大雪，孩子们高兴地在院子里堆雪人、打雪仗。"""
 CORPUS = [
     "The captain's ship, he'll say, sailed 1234 miles; it was 5 o'clock.",
     "Größe naïve Øresund 中文字符很多 日本語のテキスト русский язык ελληνικά",
@@ -50,13 +71,13 @@ def random_texts(n: int = 300) -> Iterator[str]:
         yield "".join(rng.choices(pool, k=rng.randint(1, 60)))
 
 
-def json_tokenizer(kind: str, **model: Any) -> Any:
+def json_tokenizer(kind: str, corpus: list[str] = CORPUS, size: int = 500) -> Any:
     """A small byte-level BPE trained with the `tokenizers` library."""
     hf = pytest.importorskip("tokenizers")
     cut, isolated = hf.pre_tokenizers, "isolated"
     plain = cut.ByteLevel(add_prefix_space=False)
     llama = cut.Split(hf.Regex(LLAMA3), isolated, False)
-    tokenizer = hf.Tokenizer(hf.models.BPE(ignore_merges=kind == "llama3", **model))
+    tokenizer = hf.Tokenizer(hf.models.BPE(ignore_merges=kind == "llama3"))
     tokenizer.pre_tokenizer = {
         "llama3": cut.Sequence([llama, cut.ByteLevel(add_prefix_space=False, use_regex=False)]),
         "smollm": cut.Sequence([cut.Digits(individual_digits=True), plain]),
@@ -64,13 +85,29 @@ def json_tokenizer(kind: str, **model: Any) -> Any:
     if kind == "nfc":
         tokenizer.normalizer = hf.normalizers.NFC()
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=500,
+        vocab_size=size,
         initial_alphabet=cut.ByteLevel.alphabet(),
         special_tokens=["<|endoftext|>", "<|im_start|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
+
+
+def rank_tokenizers(path: Path, **training: Any) -> tuple[Tokenizer, Any]:
+    """A rank file, opened by us and by tiktoken."""
+    tiktoken = pytest.importorskip("tiktoken")
+    spec = json.loads(json_tokenizer("gpt2", **training).to_str())
+    letters = text._letters()
+    tokens = [bytes(letters[c] for c in t) for t in spec["model"]["vocab"] if t[:2] != "<|"]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    rows = [base64.b64encode(token).decode() + f" {i}\n" for token, i in ranks.items()]
+    path.write_text("".join(rows))
+    ours = load_tokenizer(path.parent)
+    regex = LLAMA3 if path.name == "tokenizer.model" else WHISPERS
+    return ours, tiktoken.Encoding(
+        "test", pat_str=regex, mergeable_ranks=ranks, special_tokens=ours.special
+    )
 
 
 def whisper_file(path: Path) -> Path:
@@ -121,27 +158,89 @@ def test_special_tokens_of_whisper(whisper: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "regex"),
-    [
-        (
-            "a.tiktoken",
-            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        ),
-        ("tokenizer.model", LLAMA3),
-    ],
-)
-def test_equals_tiktoken(tmp_path: Path, name: str, regex: str) -> None:
-    tiktoken = pytest.importorskip("tiktoken")
-    spec = json.loads(json_tokenizer("gpt2").to_str())
-    letters = text._letters()
-    tokens = [bytes(letters[c] for c in t) for t in spec["model"]["vocab"] if t[:2] != "<|"]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    rows = [base64.b64encode(token).decode() + f" {i}\n" for token, i in ranks.items()]
-    (tmp_path / name).write_text("".join(rows))
+    ("ranks", "vocab", "languages"),
+    [(50257, None, 100), (50257, 51866, 100), (50257, 51865, 99), (50256, 51864, 99),
+     (50256, None, 99)],
+)  # fmt: skip
+def test_special_tokens_of_earlier_whispers(
+    tmp_path: Path, ranks: int, vocab: int | None, languages: int
+) -> None:
+    """Ids before large-v3 are one lower from the tasks on [openai/whisper, tokenizer.py]."""
+    rows = [base64.b64encode(i.to_bytes(2, "big") + b"x") + b" %d\n" % i for i in range(ranks)]
+    (tmp_path / "a.tiktoken").write_bytes(b"".join(rows))
+    special = load_tokenizer(tmp_path, vocab).special
+    assert special["<|startoftranscript|>"] == ranks + 1
+    assert special["<|transcribe|>"] == ranks + 2 + languages + 1
+    assert max(special.values()) + 1 == (vocab or ranks + languages + 1509)
+
+
+@pytest.fixture(scope="module")
+def polyglot() -> list[str]:
+    """5000 words of 20 languages in lines, with the signs and cases that writers use."""
+    rng = random.Random(1)
+    words = [word for line in SENTENCES.splitlines() for word in line.split()]
+    ends = ["", "", "", "", ",", ".", "?!", ":", "...", ") ", "\n", " -- ", "\u3002", "'s"]
+    cases: list[Any] = [
+        str,
+        str,
+        str,
+        str.upper,
+        str.capitalize,
+        lambda w: f"({w}",
+        lambda w: f"{w}{w}",
+    ]
+    many = [rng.choice(cases)(rng.choice(words)) + rng.choice(ends) for _ in range(5000)]
+    return [" ".join(many[i : i + 25]) for i in range(0, len(many), 25)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_words_of_many_languages_as_tokenizers(
+    tmp_path: Path, kind: str, polyglot: list[str]
+) -> None:
+    theirs = json_tokenizer(kind, corpus=SENTENCES.splitlines(), size=3000)
+    theirs.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
-    theirs = tiktoken.Encoding(
-        "test", pat_str=regex, mergeable_ranks=ranks, special_tokens=ours.special
-    )
+    for line in polyglot:
+        assert ours.encode(line) == theirs.encode(line).ids
+    if kind == "gpt2":
+        theirs.model.save(str(tmp_path))
+        (tmp_path / "tokenizer.json").unlink()
+        again = load_tokenizer(tmp_path)  # vocab.json and merges.txt
+        assert [again.encode(line) for line in polyglot] == [ours.encode(x) for x in polyglot]
+
+
+@pytest.mark.parametrize("name", ["a.tiktoken", "tokenizer.model"])
+def test_thousands_of_words_of_many_languages_as_tiktoken(
+    tmp_path: Path, name: str, polyglot: list[str]
+) -> None:
+    ours, theirs = rank_tokenizers(tmp_path / name, corpus=SENTENCES.splitlines(), size=3000)
+    for line in polyglot:
+        ids = ours.encode(line)
+        assert ids == theirs.encode(line, disallowed_special=())
+        assert ours.decode(ids) == line
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_thousands_of_words_of_many_languages_as_sentencepiece(
+    tmp_path: Path, model_type: str, polyglot: list[str]
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES.splitlines()), model_prefix=str(tmp_path / "m"),
+        vocab_size=1500, model_type=model_type, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "m.model").rename(tmp_path / "tokenizer.model")
+    ours = load_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    for line in polyglot:
+        assert ours.encode(" " + line) == theirs.encode(line)
+        assert ours.decode(ours.encode(line)) == line
+
+
+@pytest.mark.parametrize("name", ["a.tiktoken", "tokenizer.model"])
+def test_equals_tiktoken(tmp_path: Path, name: str) -> None:
+    ours, theirs = rank_tokenizers(tmp_path / name)
     assert ours.vocab_size == theirs.n_vocab
     for line in [*CORPUS, *random_texts()]:
         ids = ours.encode(line)
