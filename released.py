@@ -75,9 +75,10 @@ def open_models(model: Path, asr: Path, device: torch.device) -> Models:
     llama, rules = model / "llama_tokenizer", asr / "generation_config.json"
     never = read_json(rules) if rules.is_file() else {}
     models: dict[str, Any] = {k: v.to(device).eval() for k, v in parts.items() if k in wanted}
+    whisper: dict[str, Any] = {k: v.to(device).eval() for k, v in heard.items()}
     return Models(
-        heard["encoder"].to(device).eval(),
-        heard["decoder"].to(device).eval(),
+        whisper["encoder"],
+        whisper["decoder"],
         text.load_tokenizer(asr),
         models["encoder"], models["tokenizer"], models["spoken_lm"],
         text.load_tokenizer(llama if llama.is_dir() else model),
