@@ -83,7 +83,7 @@ def open_models(model: Path, asr: Path, device: torch.device) -> Models:
         models["encoder"], models["tokenizer"], models["spoken_lm"],
         text.load_tokenizer(llama if llama.is_dir() else model),
         models["speaker"],
-        Vocoder(models["flow"], models["hift"]),
+        Vocoder(models["flow"], models["hift"].fold()),
         never.get("suppress_tokens") or (),
         never.get("begin_suppress_tokens") or (),
     )  # fmt: skip

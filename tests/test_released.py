@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -406,8 +405,7 @@ def test_models_are_put_together_or_what_is_missing_is_named(
     taste = {"encoder": m.encoder, "tokenizer": m.tokenizer, "spoken_lm": m.lm}
     taste |= {"speaker": m.speaker, "flow": m.vocoder.flow, "hift": m.vocoder.hift}
     parts = {"taste": taste, "whisper": {"encoder": m.asr_encoder, "decoder": m.asr_decoder}}
-    stub = SimpleNamespace(open_public=lambda path, _: dict(parts[path.name]))
-    monkeypatch.setitem(sys.modules, "public", stub)
+    monkeypatch.setattr(released, "open_public", lambda path, _: dict(parts[path.name]))
     monkeypatch.setattr(
         released.text, "load_tokenizer", lambda p: {"whisper": m.asr_tokens}.get(p.name, p)
     )
