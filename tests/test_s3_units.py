@@ -35,6 +35,37 @@ def small(cfg: S3Config, seed: int = 0) -> S3Units:
     return model.eval()
 
 
+@pytest.mark.parametrize("name", ["speech_tokenizer_v1", "speech_tokenizer_v1_25hz"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_units_are_those_of_s3tokenizer(name: str, seed: int) -> None:
+    """The package itself: random weights, another size for each seed, a padded batch."""
+    lib = pytest.importorskip("s3tokenizer.model")
+    torch.manual_seed(seed)
+    width, heads, layers = ((64, 4, 2), (96, 3, 3))[seed]
+    sizes = lib.ModelConfig(80 + 48 * seed, 1500, width, heads, layers, 300)
+    theirs = lib.S3Tokenizer(name, sizes).eval()
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    strides = (2, 2) if name.endswith("25hz") else (1, 2)
+    cfg = S3Config(sizes.n_mels, width, heads, layers, 4 * width, codes=300, strides=strides)
+    model = S3Units(cfg).eval()
+    mel, mel_len = torch.randn(3, cfg.n_mels, 400), torch.tensor([400, 251, 36])
+    with torch.no_grad():
+        hidden, lengths = theirs.encoder(mel, mel_len)
+        real = torch.arange(hidden.shape[1]) < lengths[:, None]
+        frames = F.normalize(hidden[real], dim=-1)
+        pick = torch.randperm(len(frames)).repeat(9)[:300]
+        codebook = F.normalize(frames[pick] + 0.05 * torch.randn(300, width), dim=-1)
+        theirs.quantizer._codebook.embed.copy_(codebook)
+    load_public(model, theirs.state_dict())
+    wanted, wanted_len = theirs.quantize(mel, mel_len)
+    units, unit_len = model(mel, mel_len)
+    assert torch.equal(unit_len, wanted_len)
+    for ours, expected, n in zip(units, wanted, wanted_len, strict=True):
+        assert len({*expected[:n].tolist()}) > 3
+        assert torch.equal(ours[:n], expected[:n])
+
+
 def test_features_and_units_match_the_public_code() -> None:
     model, g = golden()
     inner: dict[str, Tensor] = {}
