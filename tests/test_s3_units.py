@@ -44,8 +44,6 @@ def test_units_are_those_of_s3tokenizer(name: str, seed: int) -> None:
     width, heads, layers = ((64, 4, 2), (96, 3, 3))[seed]
     sizes = lib.ModelConfig(80 + 48 * seed, 1500, width, heads, layers, 300)
     theirs = lib.S3Tokenizer(name, sizes).eval()
-    for weight in theirs.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
     strides = (2, 2) if name.endswith("25hz") else (1, 2)
     cfg = S3Config(sizes.n_mels, width, heads, layers, 4 * width, codes=300, strides=strides)
     model = S3Units(cfg).eval()
@@ -58,6 +56,9 @@ def test_units_are_those_of_s3tokenizer(name: str, seed: int) -> None:
         codebook = F.normalize(frames[pick] + 0.05 * torch.randn(300, width), dim=-1)
         theirs.quantizer._codebook.embed.copy_(codebook)
     load_public(model, theirs.state_dict())
+    h, keep = model.features(mel, mel_len)
+    assert torch.equal(keep, real)
+    assert (h - hidden)[real].abs().max() <= 2e-5 * hidden[real].abs().max()
     wanted, wanted_len = theirs.quantize(mel, mel_len)
     units, unit_len = model(mel, mel_len)
     assert torch.equal(unit_len, wanted_len)
