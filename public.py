@@ -223,6 +223,8 @@ def open_public(
 
 def convert(path: Path, out: Path) -> list[Path]:
     """Write each part of a file as a model folder out/part, to stand in a bundle."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; wanted an ONNX file, flow.pt or hift.pt")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     models = open_public(path)
