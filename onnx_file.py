@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights import reason
+
 BN_EPS = 1e-5
 S3 = {  # node -> public name; a T in front: turned round
     r"blocks\.(\d+)\.attn\.(query|key|value|out)\.MatMul": r"T encoder.blocks.\1.attn.\2.weight",
@@ -51,8 +53,7 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         graph = onnx.load(path, load_external_data=False).graph
         values = {x.name: array(onnx, x) for x in graph.initializer}
     except (DecodeError, ValueError, TypeError) as e:
-        reason = (str(e).splitlines() or [""])[0]
-        raise ValueError(f"{path}: damaged or not an ONNX file ({reason})") from e
+        raise ValueError(f"{path}: damaged or not an ONNX file ({reason(e)})") from e
     for node in graph.node:
         if node.op_type == "Identity" and node.input[0] in values:
             values[node.output[0]] = values[node.input[0]]
@@ -86,9 +87,9 @@ def s3(
         if name.endswith("positional_embedding"):
             yield "encoder.positional_embedding", values[name]
     for i, conv in enumerate(convs[:2], 1):
-        for x, kind in zip(conv.input[1:], ("weight", "bias"), strict=False):
+        for k, x in enumerate(conv.input[1:]):
             if x in values:
-                yield f"encoder.conv{i}.{kind}", values[x]
+                yield f"encoder.conv{i}.{('weight', 'bias')[k]}", values[x]
     for node in nodes:
         read = [values[x] for x in node.input if x in values]
         for row, name in S3.items():

@@ -9,7 +9,7 @@ know pieces of a few seconds; every piece goes through the same path and the res
 """
 
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ def share(words: list[str], heard: list[str]) -> list[list[str]]:
     """Split words over pieces of a recording, in proportion to the words recognized in each."""
     counts = torch.tensor([float(len(text.split_words(line))) for line in heard]) + 1e-3
     ends = (counts.cumsum(0) / counts.sum() * len(words)).round().long().tolist()
-    return [words[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    return [words[a:b] for a, b in pairwise([0, *ends])]
 
 
 def mels(frontend: Frontend, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:

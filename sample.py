@@ -6,7 +6,7 @@
     python sample.py prompt.wav --reconstruct             through the codes and back
     python sample.py prompt.wav --model Llama-1B-TASTE-V0/ --asr whisper-large-v3/
 
-The tiny bundle knows its synthetic voices and the 300-odd words of synth.py only; of other speech
+The tiny bundle knows its synthetic voices and the 332 words of grammar.py only; of other speech
 it makes what it can. --model: the released system as it was published, with its own defaults.
 """
 

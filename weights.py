@@ -59,11 +59,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state = state.get("model_state_dict", state)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     except DAMAGED as e:
-        reason = re.split(r"\.\s|\n", str(e))[0]  # the rest is advice, some of it dangerous
-        raise ValueError(f"{path}: damaged or not a weight file ({reason})") from e
+        raise ValueError(f"{path}: damaged or not a weight file ({reason(e)})") from e
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; it has {sorted(map(str, state))[:5]}")
     return tensors
+
+
+def reason(error: Exception) -> str:
+    """Its first sentence: what follows is advice, and torch's is dangerous for pickles."""
+    return re.split(r"\.\s|\n", str(error))[0]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -265,6 +269,5 @@ def load_checkpoint(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
             except DAMAGED as e:
-                reason = re.split(r"\.\s|\n", str(e))[0]  # the rest is advice, some of it dangerous
-                raise ValueError(f"{file}: damaged, or of another model ({reason})") from e
+                raise ValueError(f"{file}: damaged, or of another model ({reason(e)})") from e
     return read_json(steps[-1] / "meta.json")
