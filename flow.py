@@ -47,6 +47,7 @@ class FlowConfig:
     unit_rate: int = 50  # Hz
     guidance: float = 0.7  # g
     steps: int = 10  # Euler steps
+    temperature: float = 1.0  # of the noise
     regulator: str = "nearest"  # as TASTE; "linear"; "split" = linear in training, parts in sample
     attention_bias: str = "add01"  # as the public weights; "mask" hides padding
     masked_norm: bool = False  # each item has norm statistics and a stretch ratio of its own
@@ -86,6 +87,7 @@ class FlowLoss(NamedTuple):
     total: Tensor  # flow + prior_weight * prior
     flow: Tensor  # squared velocity error per real value
     prior: Tensor  # |mu - x| per real value
+    end: Tensor  # (B, M, F) normalised mel where v, followed straight on from y_t, arrives
 
 
 def up_to(lengths: Tensor) -> Tensor:
@@ -319,7 +321,8 @@ class Flow(nn.Module):
         n = keep.sum() * x.shape[1]
         flow = masked(v - u, keep).square().sum() / n
         prior = (mu - x).abs().sum() / n
-        return FlowLoss(flow + self.config.prior_weight * prior, flow, prior)
+        end = y + (1 - t)[:, None, None] * v
+        return FlowLoss(flow + self.config.prior_weight * prior, flow, prior, end)
 
     def integrate(self, x: Tensor, keep: Tensor, c: list[Tensor], steps: int, g: float) -> Tensor:
         """Noise x (B, M, F), c = mu, voice, prompt as in velocity -> normalised mel (B, M, F)."""
@@ -337,7 +340,7 @@ class Flow(nn.Module):
         self, units: Tensor, unit_len: Tensor, speaker: Tensor,
         prompt: tuple[Tensor, Tensor] | None = None, steps: int | None = None,
         guidance: float | None = None, noise: Tensor | None = None,
-        rng: torch.Generator | None = None, temperature: float = 1.0,
+        rng: torch.Generator | None = None, temperature: float | None = None,
         mel_len: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """units (B, U), unit_len (B,), speaker (B, X) -> log-mel (B, M, F), mel_len (B,).
@@ -350,14 +353,15 @@ class Flow(nn.Module):
             raise ValueError(f"need units < {c.units}, lengths >= 1, got {units.max()}, {unit_len}")
         steps = c.steps if steps is None else steps
         guidance = c.guidance if guidance is None else guidance
+        temperature = c.temperature if temperature is None else temperature
         head, mel = prompt or (units[:, :0], speaker.new_zeros(B, c.mels, 0))
         P, G = head.shape[1], mel.shape[2]
         if noise is None:
             noise = torch.randn(B, c.mels, G + int(mel_len.max()), generator=rng)
         if B > 1 and (c.masked_norm, c.attention_bias) != (True, "mask"):  # Quirk: padding is heard
-            rows, batch = [], (units, unit_len, speaker, head, mel, temperature * noise, mel_len)
+            rows, batch = [], (units, unit_len, speaker, head, mel, noise, mel_len)
             for u, n, voice, h, m, z, f in zip(*(y.split(1) for y in batch), strict=True):
-                one = self.sample(u, n, voice, (h, m), steps, guidance, z, mel_len=f)[0]
+                one = self.sample(u, n, voice, (h, m), steps, guidance, z, None, temperature, f)[0]
                 rows.append(one[0].mT)  # (F, M)
             return nn.utils.rnn.pad_sequence(rows, True, SILENCE).mT, mel_len
         units = torch.cat([head, units], 1)  # (B, P + U)

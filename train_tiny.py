@@ -44,7 +44,7 @@ from data import (
     unit_features,
     word_spans,
 )
-from flow import SILENCE, Flow
+from flow import SILENCE, UNCONDITIONAL, Flow
 from flow import TINY as FLOW
 from hift import TINY as HIFT
 from hift import (
@@ -505,14 +505,18 @@ def train_flow(cfg: Config, device: torch.device) -> None:
         units, unit_len, mel, mel_len, voice = (
             x.to(device) for x in (units, unit_len, mel.mT, mel_len, voice)
         )
-        if not only_mu:
-            return {"flow": model.loss(units, unit_len, mel, mel_len, voice).flow}
-        mu, keep = model.mu(units, unit_len, mel_len, voice)
-        mu = FLOW.mel_mean + FLOW.mel_std * mu  # (B, M, F)
+        if only_mu:
+            made, keep = model.mu(units, unit_len, mel_len, voice)
+            seen = torch.ones_like(keep)
+            found = {"prior": (made - (mel - FLOW.mel_mean) / FLOW.mel_std).abs().mT[keep].mean()}
+        else:
+            seen = torch.rand(len(units), 1, device=device) > UNCONDITIONAL
+            out = model.loss(units, unit_len, mel, mel_len, voice, cfg_keep=seen[:, 0])
+            made, keep, found = out.end, keep_mask(mel_len), {"flow": out.flow}
+        mel = (FLOW.mel_mean + FLOW.mel_std * made).masked_fill(~keep[:, None], SILENCE)
         with torch.autocast(device.type, enabled=False):
-            hz = predictor(mu.masked_fill(~keep[:, None], SILENCE))
-        off = (mu - mel).abs().mT[keep].mean() / FLOW.mel_std
-        return {"prior": off, "pitch": (hz - f0)[keep].abs().mean() / 100}
+            hz = predictor(mel)
+        return found | {"pitch": (hz - f0)[keep & seen].abs().mean() / 100}
 
     def update(step: int, steps: int) -> dict[str, Tensor]:
         first = round(MU_SHARE * steps)

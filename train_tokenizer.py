@@ -66,6 +66,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
 QUANTIZER_WEIGHT = 0.25  # lambda; the TASLA paper does not give it, TASTE's is 1
+SPAN = 16  # units, two or three words: the longest stretch of history that is hidden in one piece
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
 
@@ -104,12 +105,16 @@ def load_data(cfg: Config, frontend: Frontend, split: str) -> Data:
 
 def hide_history(units: Tensor, share: float) -> Tensor | None:
     """units (B, U) -> history_keep (B, U): a `share` of the items loses some of its history, from
-    nothing to all of it (one in five of those items), so that text and codes have to tell."""
+    nothing to all of it (one in five of those items), so that text and codes have to tell. It goes
+    in stretches of up to SPAN units: what one lost unit was, its neighbours tell too well."""
     if share == 0:
         return None
-    lost = 1.25 * torch.rand(len(units), 1, device=units.device)
+    B, U = units.shape
+    lost = 1.25 * torch.rand(B, 1, device=units.device)
     lost *= torch.rand_like(lost) < share  # (B, 1)
-    return torch.rand(units.shape, device=units.device) >= lost
+    length = torch.randint(1, SPAN + 1, (B, 1), device=units.device)
+    at = torch.arange(U, device=units.device) + torch.randint(SPAN, (B, 1), device=units.device)
+    return torch.rand(B, U + SPAN, device=units.device).gather(1, at // length) >= lost
 
 
 def accuracies(
