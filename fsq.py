@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+START_STD = 0.85  # of what goes into tanh: makes a normal distribution about uniform in [-1, 1]
 PAD = -1  # the code of a position that is not there
 
 
@@ -87,6 +88,17 @@ class FSQ(nn.Module):
         """x (B, N, D) fp32 -> ubar (B, N, d) in [-1, 1]; callers switch autocast off."""
         u = self.encoder(x)  # (B, N, d)
         return torch.tanh((u * self.scale + self.shift) * torch.exp(-self.log_tau))
+
+    @torch.no_grad()
+    def start(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Choose s and b so that the channels of this batch x (B, N, D), keep (B, N) bool, use all
+        levels about equally: where tanh is saturated it has no gradient, and codes learn nothing.
+
+        Ours; the paper says only that s and b are learned."""
+        with torch.autocast(x.device.type, enabled=False):
+            u = self.encoder(x.float()[real(x, keep)[..., 0]])  # (n, d)
+            self.scale.copy_(START_STD * self.log_tau.exp() / u.std(0))
+            self.shift.copy_(-u.mean(0) * self.scale)
 
     def round(self, ubar: Tensor) -> Tensor:
         """ubar (B, N, d) in [-1, 1] -> codes (B, N, d) int64 in 0 .. L-1."""

@@ -38,6 +38,8 @@ from weights import as_config, load_model, load_strict, read_config, read_tensor
 
 QUANTIZERS = ("fsq", "rvq", "none")
 GUIDE_WEIGHT = 0.3  # of guided attention, where word times are known
+PROSODY = ("rate", "pitch", "volume")  # what is known of a word of the built-in corpus
+PROSODY_WEIGHT = 1.0  # of reading it from the codes
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TokenizerConfig:
     fsq: FSQConfig = TINY_FSQ
     rvq: RVQConfig = TINY_RVQ
     recon_weight: float = 0.25  # lambda
+    prosody: bool = False  # a head reads PROSODY from the codes, in training only
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
@@ -68,6 +71,7 @@ class TokenizerBatch:
     voice: Tensor  # (B, X) speaker vectors
     units: Tensor  # (B, U) S3 units
     spans: Tensor | None = None  # (B, N, T) bool: frames in which the token's word is spoken
+    prosody: Tensor | None = None  # (B, W, 3) PROSODY of each word, in standard deviations
 
     def to(self, device: torch.device) -> "TokenizerBatch":
         def move(x: Any) -> Any:
@@ -84,6 +88,7 @@ class TokenizerOutput:
     ce: Tensor  # of units, nats
     recon: Tensor  # quantizer loss
     guide: Tensor  # -log attention inside the spoken word; 0 without spans
+    prosody: Tensor  # mean squared error of PROSODY; 0 without the head
     codes: Tensor | None  # (B, W, Q)
     units: ud.UnitDecoderOutput
     maps: Tensor | None = None  # cross-attention (B, L, H, N, T)
@@ -100,6 +105,8 @@ class SpeechTokenizer(nn.Module):
         elif config.quantizer == "rvq":
             self.quantizer = RVQ(config.rvq)
         self.unit_decoder = ud.UnitDecoder(config.unit_decoder)
+        width = config.aggregator.width
+        self.prosody = nn.Linear(width, len(PROSODY)) if config.prosody else None
 
     def words(
         self,
@@ -119,13 +126,16 @@ class SpeechTokenizer(nn.Module):
         """One training step's losses; text_only leaves the audio branch out (the baseline of the
         papers, and the start of training). history_keep: see UnitDecoder.forward."""
         codes = maps = audio = None
-        recon = guide = batch.voice.new_zeros(())
+        recon = guide = prosody = batch.voice.new_zeros(())
         if not text_only:
             z, word_keep, maps = self.words(
                 batch.ids, batch.word_ids, batch.last, batch.taps, batch.keep
             )
             if self.quantizer is not None:
                 z, codes, recon = self.quantizer(z, word_keep)
+            if self.prosody is not None and batch.prosody is not None:
+                off = self.prosody(z).float() - batch.prosody  # (B, W, 3)
+                prosody = off.square()[word_keep].mean()
             audio = agg.spread(z, batch.word_ids)  # (B, N, C)
         units = self.unit_decoder(
             batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep
@@ -133,8 +143,17 @@ class SpeechTokenizer(nn.Module):
         if batch.spans is not None:
             guide = self.guide(batch.spans, batch.word_ids >= 0, maps, units)
         loss = units.loss + self.config.recon_weight * recon + GUIDE_WEIGHT * guide
+        loss = loss + PROSODY_WEIGHT * prosody
         attention = None if maps is None else maps.frames
-        return TokenizerOutput(loss, units.loss, recon, guide, codes, units, attention)
+        return TokenizerOutput(loss, units.loss, recon, guide, prosody, codes, units, attention)
+
+    @torch.no_grad()
+    def start(self, batch: TokenizerBatch) -> None:
+        """Before the first step with codes: fit FSQ's range to what the aggregator gives. RVQ does
+        so by itself."""
+        if isinstance(self.quantizer, FSQ):
+            heard = batch.ids, batch.word_ids, batch.last, batch.taps, batch.keep
+            self.quantizer.start(*self.words(*heard)[:2])
 
     def guide(
         self, spans: Tensor, keep: Tensor, maps: agg.Maps | None, units: ud.UnitDecoderOutput

@@ -54,8 +54,9 @@ class Config:
     batch: int = flag(16, "utterances per step")
     lr: float = flag(3e-3, "peak learning rate")
     warmup: int = flag(100, "steps of linear warm-up, in each of the two phases")
-    history_dropout: float = flag(0.25, "share of utterances whose unit history is partly hidden")
+    history_dropout: float = flag(0.5, "share of utterances whose unit history is partly hidden")
     guide: bool = flag(True, "attend to the spoken word; needs word times")
+    prosody: bool = flag(True, "read rate, pitch and volume of each word from its codes, too")
     seed: int = flag(0, "weights, batches and dropout follow from (seed, step)")
     save_every: int = flag(200, "steps between two checkpoints")
     threads: int = flag(2, "CPU threads")
@@ -65,7 +66,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
-QUANTIZER_WEIGHT = 0.25  # lambda; the TASLA paper does not give it, TASTE's is 1
+QUANTIZER_WEIGHT = 0.1  # lambda; the TASLA paper does not give it, TASTE's is 1
 SPAN = 16  # units, two or three words: the longest stretch of history that is hidden in one piece
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
@@ -82,6 +83,7 @@ def build(cfg: Config, frontend: Frontend) -> SpeechTokenizer:
         replace(FSQ, d=cfg.fsq_channels),
         replace(RVQ, codebook_size=512, dead_code_threshold=0.02),
         QUANTIZER_WEIGHT,
+        cfg.prosody and not cfg.text_only,
     )
     model = SpeechTokenizer(config)
     ours, theirs = model.aggregator.decoder.state_dict(), frontend.decoder.state_dict()
@@ -152,6 +154,8 @@ def train(cfg: Config) -> SpeechTokenizer:
         taps = None if text_only else model.config.aggregator.value_layers
         batch = tokenizer_batch(data.items, data.store, batches(step), frontend, taps, device)
         batch = batch if cfg.guide else replace(batch, spans=None)
+        if step == text_steps + 1 and not text_only:
+            model.start(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
             out = model(batch, text_only, hide_history(batch.units, cfg.history_dropout))
         opt.zero_grad()
@@ -159,7 +163,8 @@ def train(cfg: Config) -> SpeechTokenizer:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         opt.step()
         if step % 50 == 0 or step == steps:
-            log.row(step, loss=out.loss, ce=out.ce, recon=out.recon, guide=out.guide, norm=norm)
+            parts = {k: getattr(out, k) for k in ("loss", "ce", "recon", "guide", "prosody")}
+            log.row(step, **parts, norm=norm)
         if step % cfg.save_every == 0 or step in (text_steps, steps):
             save_checkpoint(cfg.out, state, {"step": step, "config": vars(cfg)})
         if step in (text_steps, steps):

@@ -222,6 +222,32 @@ def test_padding_does_not_leak_into_the_loss() -> None:
     assert torch.isclose(loss.total, loss.flow + TINY.prior_weight * loss.prior)
 
 
+def test_end_is_where_the_velocity_leads() -> None:
+    model = small()
+    units, lengths, speaker = batch([9, 5])
+    mel_len = model.config.frames(lengths)
+    mel, noise = torch.randn(2, 2, 80, int(mel_len.max()))
+    t = torch.tensor([0.2, 0.7])
+    loss = model.loss(
+        units, lengths, mel, mel_len, speaker, None, t, noise, torch.tensor([True] * 2)
+    )
+    x = (mel - TINY.mel_mean) / TINY.mel_std
+    off = loss.end - x  # an exact velocity would lead to x, but for SIGMA
+    real = torch.arange(mel.shape[2]) < mel_len[:, None, None]
+    square = (off / (1 - t)[:, None, None]).square() * real
+    torch.testing.assert_close(square.sum() / (80 * mel_len.sum()), loss.flow, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_temperature_is_that_of_the_config(public: bool) -> None:
+    quirks = {"attention_bias": "add01", "masked_norm": False} if public else {}
+    model, data = small(temperature=0.3, **quirks), batch([4, 3])
+    noise = torch.randn(2, 80, model.config.frames(4))
+    mel, _ = model.sample(*data, steps=2, noise=noise)
+    close(mel, model.sample(*data, steps=2, noise=0.3 * noise, temperature=1.0)[0])
+    assert not torch.allclose(mel, model.sample(*data, steps=2, noise=noise, temperature=1.0)[0])
+
+
 def test_guidance_in_one_batch_equals_two_calls() -> None:
     model = small()
     x, mu, prompt = torch.randn(3, 1, 80, 7)

@@ -141,3 +141,21 @@ def test_says_what_is_wrong() -> None:
         fsq.decode(torch.tensor([[-1, 0, 1, 2, 3, 8]]))
     with pytest.raises(ValueError, match="last axis must be d=6"):
         fsq.decode(torch.zeros(1, 2, 5, dtype=torch.long))
+
+
+def test_start_fills_the_levels_of_what_it_sees() -> None:
+    torch.manual_seed(0)
+    fsq = FSQ(FSQConfig(16, 6, 8, tau_init=0.5))
+    x = 30 * torch.randn(4, 500, 16) + torch.randn(16)  # saturates tanh: two levels of eight
+    keep = torch.rand(4, 500) < 0.7
+    x[~keep] = torch.nan
+
+    def shares() -> Tensor:
+        codes = fsq.encode(x, keep)[keep]  # (n, d)
+        return torch.stack([c.bincount(minlength=8) for c in codes.T]) / len(codes)
+
+    assert shares()[:, [0, 7]].sum(1).min() > 0.8
+    fsq.start(x, keep)
+    assert shares().min() > 0.05
+    assert shares().max() < 0.25
+    assert fsq.squash(x[keep]).mean(0).abs().max() < 0.1

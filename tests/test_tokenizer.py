@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aggregator import TINY as AGGREGATOR
+from fsq import FSQ, PAD
 from tokenizer import (
     SpeechTokenizer,
     TokenizerBatch,
@@ -133,6 +134,40 @@ def test_guide_counts_rows_of_words_and_moves_attention(text_only: bool) -> None
     out.guide.backward()
     opt.step()
     assert model(x, text_only).guide < before
+
+
+def test_prosody_is_read_from_the_codes_alone() -> None:
+    torch.manual_seed(0)
+    config = replace(tokenizer().config, prosody=True)
+    model, x = SpeechTokenizer(config).eval(), batch()
+    assert model(x).prosody == 0
+    x = replace(x, prosody=torch.randn(2, 2, 3))
+    out = model(x)
+    assert out.codes is not None
+    assert model.quantizer is not None
+    assert model.prosody is not None
+    off = (model.prosody(model.quantizer.decode(out.codes)) - x.prosody).square()  # (B, W, 3)
+    torch.testing.assert_close(out.prosody, torch.cat([off[0], off[1, :1]]).mean())
+    torch.testing.assert_close(out.loss - model(replace(x, prosody=None)).loss, out.prosody)
+    out.prosody.backward()
+    assert next(model.aggregator.parameters()).grad is not None
+    assert model(x, text_only=True).prosody == 0
+
+
+@torch.no_grad()
+def test_start_spreads_the_first_codes() -> None:
+    model, x = tokenizer(), batch()
+    assert isinstance(model.quantizer, FSQ)
+    model.quantizer.scale.fill_(1e3)  # all codes at either end
+    before = model(x).codes
+    model.start(x)
+    after = model(x).codes
+    assert ((before == 0) | (before == 7) | (before == PAD)).all()
+    assert ((after > 0) & (after < 7)).any(-1)[0].all()
+    rvq = tokenizer("rvq")
+    old = {k: v.clone() for k, v in rvq.state_dict().items()}
+    rvq.start(x)
+    assert all(torch.equal(v, old[k]) for k, v in rvq.state_dict().items())
 
 
 @torch.no_grad()

@@ -208,3 +208,19 @@ def test_without_espeak_in_a_real_process(tiny_bundle: Path, tmp_path: Path) -> 
     assert done.returncode == 2
     assert done.stderr.startswith("error: the built-in corpus needs espeak-ng")
     assert done.stderr.count("\n") == 1
+
+
+def test_history_is_hidden_in_stretches_in_a_share_of_the_items() -> None:
+    torch.manual_seed(0)
+    units = torch.zeros(4000, 100, dtype=torch.long)
+    assert train_tokenizer.hide_history(units, 0) is None
+    keep = train_tokenizer.hide_history(units, 0.5)
+    assert keep is not None
+    assert keep.shape == units.shape
+    lost = (~keep).float().mean(1)  # (B,)
+    assert 0.45 < (lost > 0).float().mean() < 0.52
+    assert 0.08 < (lost == 1).float().mean() < 0.13  # a fifth of them altogether
+    part = keep[(lost > 0.3) & (lost < 0.7)]
+    assert (part[:, 1:] != part[:, :-1]).float().mean() < 0.2  # unit by unit: 0.5
+    for at in (0, 1, 50, 99):  # no position is special
+        assert 0.66 < keep[:, at].float().mean() < 0.74
