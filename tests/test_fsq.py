@@ -146,7 +146,7 @@ def test_says_what_is_wrong() -> None:
 def test_start_fills_the_levels_of_what_it_sees() -> None:
     torch.manual_seed(0)
     fsq = FSQ(FSQConfig(16, 6, 8, tau_init=0.5))
-    x = 30 * torch.randn(4, 500, 16) + torch.randn(16)  # saturates tanh: two levels of eight
+    x = 30 * torch.randn(4, 500, 16) + 30 * torch.randn(16)  # saturates tanh: two levels of eight
     keep = torch.rand(4, 500) < 0.7
     x[~keep] = torch.nan
 
