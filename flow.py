@@ -80,6 +80,7 @@ TINY = FlowConfig(  # 25 Hz units; the second half is ours
     estimator_heads=4, head_width=32, stage_blocks=1, mid_stages=2, unit_rate=25,
     regulator="linear", attention_bias="mask", masked_norm=True, dropout=0.0,
     mel_mean=-6.6, mel_std=2.8, prior_weight=1.0, speaker_in_mu=True, parts=4,
+    guidance=1.0, temperature=0.5,
 )  # fmt: skip
 
 

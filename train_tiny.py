@@ -76,14 +76,14 @@ FRAME_S = 0.01  # seconds per mel frame
 STAGES = ("asr", "s3", "speaker", "f0", "flow", "hift", "lm")
 TOKENIZERS = {"asr": 512, "lm": 320}  # pieces: two vocabularies, as in the real systems
 FP16 = torch.float16  # of the files; everything computes in fp32
-MU_SHARE = 0.7  # of flow's steps, the first ones, that only regress the mel
+MU_SHARE = 0.5  # of flow's steps, the first ones, that only regress the mel
 MATCHED = 2000  # utterances whose mels the flow makes for hift
 STEPS = {
     "asr": 10000,
     "s3": 5000,
     "speaker": 500,
     "f0": 2500,
-    "flow": 11500,
+    "flow": 16000,
     "hift": 6000,
     "lm": 3000,
 }
@@ -540,8 +540,7 @@ def train_flow(cfg: Config, device: torch.device) -> None:
         return {f"dev_{k}": float(torch.stack([p[k] for p in parts]).mean()) for k in parts[0]}
 
     fit(cfg, "flow", {"model": model, "opt": opt}, update, check)
-    # at this length of training mu alone is clearer than what the flow makes of noise
-    save_model(cfg.out / "flow", model, replace(FLOW, steps=0), FP16)
+    save_model(cfg.out / "flow", model, FLOW, FP16)
 
 
 def flow_features(cfg: Config, items: list[Item]) -> Ragged:
