@@ -2,6 +2,7 @@
 
     python evaluate.py                     all parts; a table here and in runs/evaluate/report.md
     python evaluate.py --only copy         one part, to runs/evaluate/copy.md
+    python evaluate.py --ref DIR --hyp DIR,DIR    any codec's output, by file names: see scoring.py
 
     asr             original recordings, voices known and unknown
     copy            mel of the original -> HiFT or Griffin-Lim -> wav
@@ -10,11 +11,10 @@
     units           share of S3 units predicted right, voices unknown; hidden: without the history
     continuation    three spoken words -> spoken LM -> speech
 
-WER is counted by the bundle's own recognizer: the WER of the originals is the floor. F0-PCC is that
-of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
+WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
+that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
 """
 
-import json
 import math
 import re
 import time
@@ -32,13 +32,26 @@ import synth
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
 from grammar import is_grammatical
-from metrics import edit_distance, f0_correlation, plain_words, ratio_and_error
+from metrics import (
+    PROSODY,
+    RULES,
+    TRACKERS,
+    Contours,
+    contours,
+    edit_distance,
+    entropies,
+    nominal_bits,
+    plain_words,
+    prosody,
+    ratio_and_error,
+    similarity,
+)
 from pipeline import RATE, SAMPLING, Pipeline, Speech, transcribe
+from scoring import Figures, Judges, as_json, markdown, paper, score_folders
 from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
 from weights import write_atomic
 
-Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
 PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation")
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
 PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
@@ -50,6 +63,14 @@ class Config:
     bundle: Path = flag(Path("weights/tiny"), "all models, see train_tiny.py")
     only: str = flag("all", "which part", ("all", *PARTS))
     items: int = flag(200, "utterances of each split, 200 at most")
+    ref: Path = flag(Path(), "recordings to compare with --hyp, instead of all parts")
+    hyp: str = flag("", "with --ref: folder of what a codec made of them; several with commas")
+    tracker: str = flag("yin", "of F0: yin is pitch.py; crepe needs torchcrepe", TRACKERS)
+    rules: str = flag("basic", "of Whisper for WER; english needs whisper-normalizer", RULES)
+    asr: Path = flag(Path(), "with --ref: bundle or public Whisper that counts WER; default: none")
+    speaker: Path = flag(Path(), "with --ref: bundle or public CAM++ for voices; default: none")
+    utmos22: str = flag("", "with --ref: command that prints it for a wav, or TorchScript file")
+    utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
     prompts: int = flag(100, "spoken prompts that are continued")
     seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
     threads: int = flag(2, "CPU threads")
@@ -108,6 +129,15 @@ class System:
         return [item.wav(RATE) for item in self.test]
 
     @cached_property
+    def contours(self) -> list[Contours]:
+        return [contours(wav, self.cfg.tracker) for wav in self.originals]
+
+    @cached_property
+    def voices(self) -> list[Tensor]:
+        """of test, (X,) each"""
+        return [self.frontend.features(wav)["voice"][0] for wav in self.originals]
+
+    @cached_property
     def floor(self) -> Figures:
         return self.word_errors(self.test, self.originals)
 
@@ -124,13 +154,18 @@ class System:
             yield torch.Generator(self.device).manual_seed(seed)
 
     def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
-        """copies of test (S,) at 22.05 kHz: words and pitch. timed: also frame by frame."""
+        """copies of test (S,) at 22.05 kHz: words, prosody, voice. timed: pitch by frame, too."""
         wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
         for i, (wav, heard) in enumerate(zip(wavs, transcribe(self.frontend, wavs), strict=True)):
             scores.words("WER", i, self.test[i].text, heard)
-            scores.add("F0-PCC", i, f0_correlation(self.originals[i], wav))
+            copy = contours(wav, self.cfg.tracker)
+            for measure, value in prosody(self.contours[i], copy).items():
+                scores.add(measure, i, value)
             if timed:
-                scores.add("F0-PCC frames", i, f0_correlation(self.originals[i], wav, warp=False))
+                same_time = prosody(self.contours[i], copy, warp=False)
+                scores.add("F0-PCC frames", i, same_time["F0-PCC"])
+            voice = self.frontend.features(wav)["voice"][0]
+            scores.add("Spk. Sim.", i, similarity(self.voices[i], voice))
 
 
 def asr(system: System) -> dict[str, Figures]:
@@ -208,14 +243,11 @@ def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name
 
 
 def bitrate(pipeline: Pipeline, speeches: list[Speech], seconds: float) -> Figures:
-    """Bits of a word's codes: nominal, and the entropy of each channel over all words, added up.
-
-    The plug-in estimate is low by about (K - 1) / (2 ln 2 words) bit a channel."""
+    """Bits of a word's codes: nominal, and the entropy of each channel over all words, added up."""
     codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])  # (n, Q)
     levels = pipeline.tokenizer.quantizer.n_codes  # type: ignore[union-attr]
-    share = torch.stack([c.bincount(minlength=levels) for c in codes.cpu().T]) / len(codes)
-    entropy = -(share * share.clamp(min=1e-9).log2()).sum(1)  # (Q,)
-    rate, nominal = len(codes) / seconds, codes.shape[1] * math.log2(levels)
+    entropy = entropies(codes, levels)  # (Q,)
+    rate, nominal = len(codes) / seconds, nominal_bits(codes.shape[1], levels)
     values = {
         "words/s": rate, "bit/word": nominal, "bit/s": rate * nominal,
         "entropy/word": float(entropy.sum()),
@@ -269,6 +301,8 @@ def continuation(system: System) -> dict[str, Figures]:
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
     is_share = re.search("WER|accuracy|hidden|ended|grammatical", measure)
+    if math.isnan(value):
+        return "undefined"
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")
     spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{end}"
@@ -284,10 +318,22 @@ def table(part: str, rows: dict[str, Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare_folders(cfg: Config) -> None:
+    """--ref --hyp: see scoring.py"""
+    if cfg.ref == Path() or not cfg.hyp:
+        raise ValueError("--ref and --hyp go together: recordings, and what a codec made of them")
+    judges = Judges(cfg.tracker, cfg.rules, cfg.asr, cfg.speaker, cfg.utmos22, cfg.utmosv2)
+    print(score_folders(cfg.ref, [Path(name) for name in cfg.hyp.split(",")], judges, cfg.out))
+    print(f"written to {cfg.out / 'scores'}.json, .csv and .md")
+
+
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     positive(cfg, "items", "prompts", "seeds", "threads")
     torch.set_num_threads(cfg.threads)
+    if cfg.ref != Path() or cfg.hyp:
+        compare_folders(cfg)
+        return
     system, report = System(cfg), dict[str, dict[str, Figures]]()
     cfg.out.mkdir(parents=True, exist_ok=True)
     measure = {f.__name__: f for f in (asr, copy, topline, reconstruction, units, continuation)}
@@ -297,9 +343,13 @@ def main() -> None:
         spent = clock(time.monotonic() - start)
         print(f"\n{table(name, report[name])}\n{name} took {spent}\n", flush=True)
     name = "report" if cfg.only == "all" else cfg.only
-    values = json.dumps({"config": vars(cfg), "parts": report}, indent=1, default=str)
-    write_atomic(cfg.out / f"{name}.json", values.replace("NaN", "null").encode())
+    write_atomic(cfg.out / f"{name}.json", as_json({"config": vars(cfg), "parts": report}))
     tables = "\n".join(table(part, rows) for part, rows in report.items())
+    if {"topline", "reconstruction"} & report.keys():
+        tables += "\n" + markdown("the papers' values", paper(), [*PROSODY, "WER", "Spk. Sim."])
+        tables += (
+            f"\nF0 here: {cfg.tracker}; the paper: CREPE. Their WER is a share, not per cent.\n"
+        )
     write_atomic(cfg.out / f"{name}.md", tables.encode())
     print(f"written to {cfg.out / name}.json and .md")
 
