@@ -10,6 +10,7 @@
     reconstruction  wav + true text -> codes -> units -> flow -> HiFT, by three tokenizers
     units           share of S3 units predicted right, voices unknown; hidden: without the history
     continuation    three spoken words -> spoken LM -> speech
+    layers          what MLDA mixes, and where each word looks: see layer_report.py
 
 WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
 that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 import audio
+import layer_report
 import synth
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
@@ -37,11 +39,10 @@ from metrics import (
     RULES,
     TRACKERS,
     Contours,
+    Scores,
     contours,
-    edit_distance,
     entropies,
     nominal_bits,
-    plain_words,
     prosody,
     ratio_and_error,
     similarity,
@@ -52,7 +53,7 @@ from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
 from weights import write_atomic
 
-PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation")
+PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation", "layers")
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
 PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
 
@@ -71,6 +72,7 @@ class Config:
     speaker: Path = flag(Path(), "with --ref: bundle or public CAM++ for voices; default: none")
     utmos22: str = flag("", "with --ref: command that prints it for a wav, or TorchScript file")
     utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
+    runs: Path = flag(Path("runs/compare"), "for layers: trainings whose accuracy is drawn")
     prompts: int = flag(100, "spoken prompts that are continued")
     seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
     threads: int = flag(2, "CPU threads")
@@ -78,27 +80,6 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
-
-
-class Scores:
-    """Measures of one system, each a ratio of two sums over utterances (and seeds)."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, dict[int, tuple[float, float]]] = {}
-
-    def add(self, measure: str, i: int, part: float, whole: float = 1.0) -> None:
-        """One value of utterance i; a NaN (undefined) is left out."""
-        rows = self.sums.setdefault(measure, {})
-        old = rows.get(i, (0.0, 0.0))
-        rows[i] = old if math.isnan(part) else (old[0] + part, old[1] + whole)
-
-    def words(self, measure: str, i: int, text: str, heard: str) -> None:
-        wanted, got = plain_words(text), plain_words(heard)
-        self.add(measure, i, edit_distance(wanted, got), len(wanted))
-
-    def figures(self) -> Figures:
-        columns = {name: zip(*rows.values(), strict=True) for name, rows in self.sums.items()}
-        return {name: ratio_and_error(*columns[name]) for name in columns}
 
 
 class System:
@@ -122,6 +103,10 @@ class System:
     @cached_property
     def test(self) -> list[Item]:
         return self.items("test")
+
+    def coded(self) -> dict[str, str]:
+        """The tokenizers that make codes."""
+        return {k: folder for k, folder in shipped(self.bundle).items() if k != "text only"}
 
     @cached_property
     def originals(self) -> list[Tensor]:
@@ -298,6 +283,17 @@ def continuation(system: System) -> dict[str, Figures]:
     return {f"{len(prompts)} prompts of {PROMPT_WORDS} words": scores.figures()}
 
 
+def layers(system: System) -> dict[str, Figures]:
+    """Pictures of the first utterances go to OUT/pictures, and of all runs, if there are any."""
+    out, pictures = dict[str, Figures](), system.cfg.out / "pictures"
+    for name, folder in system.coded().items():
+        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        found = layer_report.measure(pipeline, system.originals, system.test, pictures / folder)
+        out |= {f"{name}{row}": figures for row, figures in found.items()}
+    layer_report.save_curves(system.cfg.runs, pictures / "accuracy.png")
+    return out | layer_report.paper_figures()
+
+
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
     is_share = re.search("WER|accuracy|hidden|ended|grammatical", measure)
@@ -336,7 +332,8 @@ def main() -> None:
         return
     system, report = System(cfg), dict[str, dict[str, Figures]]()
     cfg.out.mkdir(parents=True, exist_ok=True)
-    measure = {f.__name__: f for f in (asr, copy, topline, reconstruction, units, continuation)}
+    functions = (asr, copy, topline, reconstruction, units, continuation, layers)
+    measure = {f.__name__: f for f in functions}
     for name in PARTS if cfg.only == "all" else (cfg.only,):
         start = time.monotonic()
         report[name] = measure[name](system)

@@ -29,6 +29,7 @@ from torch import Tensor
 from audio import WHISPER_HOP, WHISPER_RATE, whisper_mel
 from pitch import HIGHEST, LOWEST, pitch
 
+Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
 MIN_VOICED = 10  # frames of 10 ms
 MFCCS = 13
 RMS_WINDOW = 400  # samples, 25 ms at 16 kHz
@@ -325,6 +326,27 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if len(x) < 2:
         return (float(x.mean()) if len(x) else math.nan), math.nan
     return float(x.mean()), float(x.std() / len(x) ** 0.5)
+
+
+class Scores:
+    """Measures of one system, each a ratio of two sums over utterances (and seeds)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[int, tuple[float, float]]] = {}
+
+    def add(self, measure: str, i: int, part: float, whole: float = 1.0) -> None:
+        """One value of utterance i; a NaN (undefined) is left out."""
+        rows = self.sums.setdefault(measure, {})
+        old = rows.get(i, (0.0, 0.0))
+        rows[i] = old if math.isnan(part) else (old[0] + part, old[1] + whole)
+
+    def words(self, measure: str, i: int, text: str, heard: str) -> None:
+        wanted, got = plain_words(text), plain_words(heard)
+        self.add(measure, i, edit_distance(wanted, got), len(wanted))
+
+    def figures(self) -> Figures:
+        columns = {name: zip(*rows.values(), strict=True) for name, rows in self.sums.items()}
+        return {name: ratio_and_error(*columns[name]) for name in columns}
 
 
 if __name__ == "__main__":

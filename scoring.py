@@ -34,6 +34,7 @@ from metrics import (
     PROSODY,
     RULES,
     TRACKERS,
+    Figures,
     contours,
     edit_distance,
     mean_and_error,
@@ -48,7 +49,6 @@ from weights import write_atomic
 
 RATE = audio.WHISPER_RATE
 PREFIX = ("startoftranscript", "en", "transcribe", "notimestamps")  # of Whisper
-Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
 BETTER = PROSODY | {"WER": "down", "Spk. Sim.": "up", "UTMOS22": "up", "UTMOSv2": "up"}
 
 # measures of table 1 in the order of PROSODY; S3 topline, text-only, TASTE, TASLA

@@ -159,7 +159,10 @@ def train(cfg: Config) -> SpeechTokenizer:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         opt.step()
         if step % 50 == 0 or step == steps:
-            log.row(step, loss=out.loss, ce=out.ce, recon=out.recon, guide=out.guide, norm=norm)
+            log.row(
+                step, loss=out.loss, ce=out.ce, recon=out.recon, guide=out.guide, norm=norm,
+                accuracy=out.units.unit_accuracy,
+            )  # fmt: skip
         if step % cfg.save_every == 0 or step in (text_steps, steps):
             save_checkpoint(cfg.out, state, {"step": step, "config": vars(cfg)})
         if step in (text_steps, steps):

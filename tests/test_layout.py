@@ -17,7 +17,7 @@ ROWS = (  # a file imports only from rows above its own
     "data continuation sizes onnx_file",
     "public",
     "pipeline",
-    "released scoring",
+    "released scoring layer_report",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )
