@@ -11,6 +11,7 @@
     units           share of S3 units predicted right, voices unknown; hidden: without the history
     continuation    three spoken words -> spoken LM -> speech
     layers          what MLDA mixes, and where each word looks: see layer_report.py
+    swap            codes of single words exchanged between two readings: see token_swap.py
 
 WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
 that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
@@ -31,6 +32,7 @@ from torch import Tensor
 import audio
 import layer_report
 import synth
+import token_swap
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
 from grammar import is_grammatical
@@ -53,7 +55,7 @@ from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
 from weights import write_atomic
 
-PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation", "layers")
+PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation", "layers", "swap")
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
 PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
 
@@ -74,6 +76,7 @@ class Config:
     utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
     runs: Path = flag(Path("runs/compare"), "for layers: trainings whose accuracy is drawn")
     prompts: int = flag(100, "spoken prompts that are continued")
+    swaps: int = flag(200, "single words that are swapped")
     seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
     threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
@@ -294,9 +297,22 @@ def layers(system: System) -> dict[str, Figures]:
     return out | layer_report.paper_figures()
 
 
+def swap(system: System) -> dict[str, Figures]:
+    """Changes of the swapped word against the true ones, and of the others."""
+    out = dict[str, Figures]()
+    tests = token_swap.trials(system.test, system.cfg.swaps)
+    found = {"espeak-ng": token_swap.espeak_effect(tests)}
+    for name, folder in system.coded().items():
+        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        found[name] = token_swap.system_effect(pipeline, tests, seed=0)
+    for name, rows in found.items():
+        out |= {f"{name}: {row}": figures for row, figures in rows.items()}
+    return out
+
+
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    is_share = re.search("WER|accuracy|hidden|ended|grammatical", measure)
+    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign", measure)
     if math.isnan(value):
         return "undefined"
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")
@@ -325,14 +341,14 @@ def compare_folders(cfg: Config) -> None:
 
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
-    positive(cfg, "items", "prompts", "seeds", "threads")
+    positive(cfg, "items", "prompts", "swaps", "seeds", "threads")
     torch.set_num_threads(cfg.threads)
     if cfg.ref != Path() or cfg.hyp:
         compare_folders(cfg)
         return
     system, report = System(cfg), dict[str, dict[str, Figures]]()
     cfg.out.mkdir(parents=True, exist_ok=True)
-    functions = (asr, copy, topline, reconstruction, units, continuation, layers)
+    functions = (asr, copy, topline, reconstruction, units, continuation, layers, swap)
     measure = {f.__name__: f for f in functions}
     for name in PARTS if cfg.only == "all" else (cfg.only,):
         start = time.monotonic()

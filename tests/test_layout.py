@@ -17,7 +17,7 @@ ROWS = (  # a file imports only from rows above its own
     "data continuation sizes onnx_file",
     "public",
     "pipeline",
-    "released scoring layer_report",
+    "released scoring layer_report token_swap",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )
