@@ -2,6 +2,7 @@
 
     python evaluate.py                     all parts; a table here and in runs/evaluate/report.md
     python evaluate.py --only copy         one part, to runs/evaluate/copy.md
+    python evaluate.py --html DIR          a page to listen to, with the tables that lie in --out
     python evaluate.py --ref DIR --hyp DIR,DIR    any codec's output, by file names: see scoring.py
 
     asr             original recordings, voices known and unknown
@@ -11,6 +12,7 @@
     units           share of S3 units predicted right, voices unknown; hidden: without the history
     continuation    three spoken words -> spoken LM -> speech
     layers          what MLDA mixes, and where each word looks: see layer_report.py
+    likelihood      natural recordings against changed ones, by the spoken LM: see likelihood.py
     swap            codes of single words exchanged between two readings: see token_swap.py
 
 WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
@@ -31,20 +33,21 @@ from torch import Tensor
 
 import audio
 import layer_report
+import likelihood as lik
 import synth
 import token_swap
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
 from grammar import is_grammatical
+from listening_page import write_page
 from metrics import (
     PROSODY,
     RULES,
     TRACKERS,
     Contours,
     Scores,
+    bitrate,
     contours,
-    entropies,
-    nominal_bits,
     prosody,
     ratio_and_error,
     similarity,
@@ -55,7 +58,17 @@ from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
 from weights import write_atomic
 
-PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation", "layers", "swap")
+PARTS = (
+    "asr",
+    "copy",
+    "topline",
+    "reconstruction",
+    "units",
+    "continuation",
+    "layers",
+    "swap",
+    "likelihood",
+)
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
 PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
 
@@ -76,7 +89,13 @@ class Config:
     utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
     runs: Path = flag(Path("runs/compare"), "for layers: trainings whose accuracy is drawn")
     prompts: int = flag(100, "spoken prompts that are continued")
+    html: Path = flag(Path(), "folder of a static page: players, pictures, tables of --out")
+    shown: int = flag(12, "utterances on that page")
     swaps: int = flag(200, "single words that are swapped")
+    pairs: int = flag(100, "pairs of each built-in task of likelihood")
+    score: str = flag("mean", "of log likelihoods over tokens, or their sum", lik.SCORES)
+    salmon: Path = flag(Path(), "for likelihood: folder of SALMon, with its tasks in it")
+    storycloze: Path = flag(Path(), "for likelihood: folder of a spoken StoryCloze")
     seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
     threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
@@ -209,8 +228,11 @@ def reconstruction(system: System) -> dict[str, Figures]:
         pairs = list(zip(system.originals, system.test, strict=True))
         speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
         seconds = sum(map(len, system.originals)) / RATE
-        rate = bitrate(pipeline, speeches, seconds) if name != "text only" else {}
-        if not rate:
+        rate: Figures = {}
+        if name != "text only" and pipeline.tokenizer.quantizer is not None:
+            codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])
+            rate = bitrate(codes, pipeline.tokenizer.quantizer.n_codes, seconds)
+        else:
             speeches = [replace(speech, codes=None) for speech in speeches]
         out[name] = reconstruct(system, pipeline, speeches, name) | rate
     return out
@@ -228,20 +250,6 @@ def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name
                 copies.append(wav)
         system.compare(scores, copies, timed=False)
     return scores.figures()
-
-
-def bitrate(pipeline: Pipeline, speeches: list[Speech], seconds: float) -> Figures:
-    """Bits of a word's codes: nominal, and the entropy of each channel over all words, added up."""
-    codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])  # (n, Q)
-    levels = pipeline.tokenizer.quantizer.n_codes  # type: ignore[union-attr]
-    entropy = entropies(codes, levels)  # (Q,)
-    rate, nominal = len(codes) / seconds, nominal_bits(codes.shape[1], levels)
-    values = {
-        "words/s": rate, "bit/word": nominal, "bit/s": rate * nominal,
-        "entropy/word": float(entropy.sum()),
-        **{f"entropy of channel {q}": float(h) for q, h in enumerate(entropy)},
-    }  # fmt: skip
-    return {name: (value, math.nan) for name, value in values.items()}
 
 
 def units(system: System) -> dict[str, Figures]:
@@ -310,6 +318,12 @@ def swap(system: System) -> dict[str, Figures]:
     return out
 
 
+def likelihood(system: System) -> dict[str, Figures]:
+    cfg, path = system.cfg, (system.bundle / TOKENIZERS["TASLA"], system.bundle / "spoken_lm")
+    pipeline = Pipeline(system.bundle, *path, device=str(system.device))
+    return lik.measure(pipeline, system.test, cfg.pairs, cfg.score, cfg.salmon, cfg.storycloze)
+
+
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
     is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign", measure)
@@ -339,16 +353,31 @@ def compare_folders(cfg: Config) -> None:
     print(f"written to {cfg.out / 'scores'}.json, .csv and .md")
 
 
+def page(system: System) -> None:
+    """--html: see listening_page.py"""
+    pipelines = {
+        name: Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        for name, folder in shipped(system.bundle).items()
+    }
+    if not pipelines:
+        raise ValueError(f"{system.bundle}: no tokenizer to listen to; see train_tokenizer.py")
+    path = write_page(system.cfg.html, pipelines, system.test, system.cfg.shown, system.cfg.out)
+    print(f"written to {path}")
+
+
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
-    positive(cfg, "items", "prompts", "swaps", "seeds", "threads")
+    positive(cfg, "shown", "items", "prompts", "swaps", "pairs", "seeds", "threads")
     torch.set_num_threads(cfg.threads)
     if cfg.ref != Path() or cfg.hyp:
         compare_folders(cfg)
         return
     system, report = System(cfg), dict[str, dict[str, Figures]]()
+    if cfg.html != Path():
+        page(system)
+        return
     cfg.out.mkdir(parents=True, exist_ok=True)
-    functions = (asr, copy, topline, reconstruction, units, continuation, layers, swap)
+    functions = (asr, copy, topline, reconstruction, units, continuation, layers, swap, likelihood)
     measure = {f.__name__: f for f in functions}
     for name in PARTS if cfg.only == "all" else (cfg.only,):
         start = time.monotonic()

@@ -302,6 +302,19 @@ def entropies(codes: Tensor, levels: int) -> Tensor:
     return -(odds * odds.clamp(min=1e-12).log2()).sum(1)
 
 
+def bitrate(codes: Tensor, levels: int, seconds: float) -> Figures:
+    """codes (n, Q) of all words in so many seconds: tokens a second as measured, bits by formula,
+    and the entropy of the channels, each and added up."""
+    entropy, nominal = entropies(codes, levels), nominal_bits(codes.shape[1], levels)
+    rate = len(codes) / seconds
+    values = {
+        "words/s": rate, "bit/word": nominal, "bit/s": rate * nominal,
+        "entropy/word": float(entropy.sum()),
+        **{f"entropy of channel {q}": float(h) for q, h in enumerate(entropy)},
+    }  # fmt: skip
+    return {name: (value, math.nan) for name, value in values.items()}
+
+
 # --- averages ------------------------------------------------------------------------------------
 
 

@@ -238,3 +238,19 @@ def system_effect(pipeline: Pipeline, tests: Sequence[Trial], seed: int) -> dict
     found = effect(tests, timed(tests, before), timed(tests, after))
     share = mean_and_error([float(x) for x in ended])
     return {name: row | {"both ended": share} for name, row in found.items()}
+
+
+def matrix(pipeline: Pipeline, trial: Trial, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """-> (W, W) change of each word's duration, in s (columns), if one word's codes (rows) are
+    those of b; and the true change of each word (W,)."""
+    a, b = (pipeline.encode(wav, trial.a.text) for wav in (trial.wav_a, trial.wav_b))
+    words = range(1, len(a.words) + 1)
+    before, after, _ = speak_twice(pipeline, [(a, swap(a, b, w, w)) for w in words], seed)
+    tests = [trial] * len(a.words)
+    old, new = (torch.stack(timed(tests, wavs))[..., 0] for wavs in (before, after))
+    starts, ends = (
+        torch.tensor([getattr(u, name) for u in (trial.a, trial.b)])
+        for name in ("starts_s", "ends_s")
+    )
+    spent = ends - starts  # (2, W)
+    return new - old, spent[1] - spent[0]

@@ -441,7 +441,9 @@ def measure(
 def test_evaluate_measures_every_part(
     measure: Callable, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = measure(tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2)
+    parts = measure(
+        tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2, "--pairs", 2
+    )
     assert list(parts) == list(evaluate.PARTS)
     assert "| reconstruction | WER |" in capsys.readouterr().out
     assert parts["asr"]["known voices"] == parts["copy"]["original"]
