@@ -186,7 +186,7 @@ def curves(logs: Mapping[str, Path]) -> Figure:
 def dynamics(heard: Heard, item: Item, layers: Sequence[int]) -> Figure:
     """Figure 4: log-mel, spectral flux and layer weights over time; lines where words begin."""
     rows = 2 if heard.weights is None else 3
-    figure = Figure(figsize=(7, 1.7 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2, 1.5 * rows), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True)
     seconds = len(heard.flux) * UNIT_S
     axes[0].imshow(heard.mel.numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, 1))
@@ -210,7 +210,7 @@ def dynamics(heard: Heard, item: Item, layers: Sequence[int]) -> Figure:
 def attention_map(heard: Heard, item: Item) -> Figure:
     """Where each word looks (rows) over time, its true times as a frame."""
     W, T = heard.attention.shape
-    figure = Figure(figsize=(7, 0.6 + 0.28 * W), layout="constrained")
+    figure = Figure(figsize=(5.2, 0.6 + 0.25 * W), layout="constrained")
     axis = figure.subplots()
     extent = (0, T * UNIT_S, W - 0.5, -0.5)
     axis.imshow(heard.attention.numpy(), aspect="auto", cmap="Blues", extent=extent)

@@ -36,6 +36,7 @@ a:focus-visible, audio:focus-visible, .wide:focus-visible { outline: 3px solid #
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
 .grid { display: grid; gap: 1rem; margin: .5rem 0 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
+.large { grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
 figure > * { max-width: 100%; } audio { width: 100%; } img { height: auto; background: #fff; }
 figcaption { margin-bottom: .5rem; overflow-wrap: anywhere; }
@@ -69,13 +70,13 @@ class Page:
     def player(self, wav: Tensor, name: str, label: str) -> str:
         """wav (S,) at 22.05 kHz"""
         audio.write(self.folder / "audio" / f"{name}.wav", wav, audio.VOCODER_RATE)
-        return (f'<audio controls preload="none" src="audio/{name}.wav" '
+        return (f'<audio controls preload="metadata" src="audio/{name}.wav" '
                 f'aria-label="{escape(label)}"></audio>')  # fmt: skip
 
-    def grid(self, figures: Iterable[tuple[str, str]]) -> None:
-        """Captions with what stands below them."""
+    def grid(self, figures: Iterable[tuple[str, str]], kind: str = "") -> None:
+        """Captions with what stands below them. kind: "large" for pictures with small print."""
         cells = (f"<figure><figcaption>{escape(c)}</figcaption>{x}</figure>" for c, x in figures)
-        self.parts.append(f'<div class="grid">{"".join(cells)}</div>')
+        self.parts.append(f'<div class="grid {kind}">{"".join(cells)}</div>')
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> None:
         """The first cell of each row names it."""
@@ -170,7 +171,7 @@ def utterance(page: Page, item: Item, pipelines: Mapping[str, Pipeline]) -> None
             alt = "layer weights over time; means " + ", ".join(f"{k}: {w:.2f}" for k, w in means)
             picture = layer_report.dynamics(one, item, layers)
             looks.append((f"{name}: {alt}", page.picture(picture, f"{file}_layers", alt)))
-    page.grid(looks)
+    page.grid(looks, "large")
 
 
 def slug(name: str) -> str:

@@ -42,13 +42,13 @@ from metrics import (
     ratio_and_error,
     similarity,
 )
-from pipeline import transcribe
+from pipeline import cut, transcribe
 from public import open_public
+from released import PREFIX, window_s
 from tokenizer import Frontend, UnitFrontend
-from weights import write_atomic
+from weights import read_json, write_atomic
 
 RATE = audio.WHISPER_RATE
-PREFIX = ("startoftranscript", "en", "transcribe", "notimestamps")  # of Whisper
 BETTER = PROSODY | {"WER": "down", "Spk. Sim.": "up", "UTMOS22": "up", "UTMOSv2": "up"}
 
 # measures of table 1 in the order of PROSODY; S3 topline, text-only, TASTE, TASLA
@@ -187,23 +187,30 @@ class Ears:
 
 
 def whisper(folder: Path) -> Callable[[Tensor], str]:
-    """A public Whisper of up to 30 s at once: wav (S,) at 16 kHz -> text."""
+    """A public Whisper: wav (S,) at 16 kHz, any length -> text."""
     parts, tokens = open_public(folder, torch.float32), text.load_tokenizer(folder)
     if gap := {"encoder", "decoder"} - parts.keys():
         raise ValueError(f"{folder}: lacks {sorted(gap)}; python public.py --check {folder}")
     encoder: Any = parts["encoder"].eval()
     decoder: Any = parts["decoder"].eval()
+    rules = folder / "generation_config.json"
+    never = read_json(rules) if rules.is_file() else {}
     prefix = [tokens.special[f"<|{name}|>"] for name in PREFIX]
+    window, special = window_s(encoder), {*tokens.special.values()}
 
     @torch.inference_mode()
     def recognize(wav: Tensor) -> str:
-        keys, _ = encoder(audio.whisper_mel(wav, encoder.cfg.n_mels, pad_s=30)[None])
-        (ids,) = whisper_dec.transcribe(
-            decoder, keys, prefix=prefix, eos=tokens.special["<|endoftext|>"],
-            max_new=decoder.cfg.max_tokens - len(prefix),
-        )  # fmt: skip
-        special = {*tokens.special.values()}
-        return tokens.decode(i for i in ids if i not in special).strip()
+        lines = []
+        for piece in cut(wav, window):
+            keys, _ = encoder(audio.whisper_mel(piece, encoder.cfg.n_mels, window)[None])
+            (ids,) = whisper_dec.transcribe(
+                decoder, keys, prefix=prefix, eos=tokens.special["<|endoftext|>"],
+                max_new=decoder.cfg.max_tokens - len(prefix),
+                suppress=never.get("suppress_tokens") or (),
+                suppress_first=never.get("begin_suppress_tokens") or (),
+            )  # fmt: skip
+            lines.append(tokens.decode(i for i in ids if i not in special).strip())
+        return " ".join(filter(None, lines))
 
     return recognize
 

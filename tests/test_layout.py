@@ -17,8 +17,8 @@ ROWS = (  # a file imports only from rows above its own
     "data continuation sizes onnx_file",
     "public",
     "pipeline",
-    "released scoring layer_report token_swap likelihood",
-    "listening_page",
+    "released layer_report token_swap likelihood",
+    "scoring listening_page",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )

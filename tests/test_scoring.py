@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HEARD, speech
+from released_models import build
 
 import audio
 import common
 import evaluate
 import scoring
 from metrics import PROSODY
+from released import Released
 from scoring import Judges, paper
+from tokenizer import UnitFrontend
 
 NAMES = ("a/one", "a/two", "three")
 
@@ -195,6 +198,34 @@ def test_the_papers_values() -> None:
     assert rows["LibriSpeech: TASLA"]["WER"][0] == 0.12
     assert rows["LibriSpeech: BigCodec, 1040 bit/s"]["Spk. Sim."][0] == 1.0
     assert all(math.isnan(error) for row in rows.values() for _, error in row.values())
+
+
+@pytest.mark.parametrize("seconds", [2.0, 33.0])  # one piece, and two
+def test_a_public_whisper_hears_as_the_released_system(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = build()
+    parts = {"encoder": models.asr_encoder, "decoder": models.asr_decoder}
+    monkeypatch.setattr(scoring, "open_public", lambda path, dtype: dict(parts))
+    monkeypatch.setattr(scoring.text, "load_tokenizer", lambda path: models.asr_tokens)
+    wav = speech(seconds)
+    heard = scoring.whisper(tmp_path)(wav)
+    assert heard == Released(models, faithful=False).transcribe(wav)
+    del parts["decoder"]
+    with pytest.raises(ValueError, match=r"lacks \['decoder'\]"):
+        scoring.whisper(tmp_path)
+
+
+def test_a_public_speaker_model(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights as a file of their own and as part of a bundle."""
+    frontend, wav = UnitFrontend(tiny_bundle), speech(1.0)
+    monkeypatch.setattr(scoring, "open_public", lambda path, dtype: {"speaker": frontend.speaker})
+    voice = scoring.Ears(Judges(speaker=Path("campplus.bin"))).voice(wav)
+    bundled = scoring.Ears(Judges(speaker=tiny_bundle)).voice(wav)
+    torch.testing.assert_close(voice, bundled)
+    monkeypatch.setattr(scoring, "open_public", lambda path, dtype: {"llm": frontend.speaker})
+    with pytest.raises(ValueError, match="wanted a CAM"):
+        scoring.Ears(Judges(speaker=Path("llama"))).voice(wav)
 
 
 def test_judges_are_named() -> None:
