@@ -34,14 +34,14 @@ h1, h2, h3 { line-height: 1.2; margin: 2rem 0 .5rem; }
 a:focus-visible, audio:focus-visible, .wide:focus-visible { outline: 3px solid #1a73e8; }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: 1rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
-.grid { display: grid; gap: 1rem; margin: .5rem 0 1rem;
+.grid { display: grid; align-items: start; gap: 1rem; margin: .5rem 0 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .large { grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
 figure > * { max-width: 100%; } audio { width: 100%; } img { height: auto; background: #fff; }
 figcaption { margin-bottom: .5rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; }
-caption { text-align: left; font-weight: 600; } td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; }
 th:first-child { text-align: left; } thead th { background: var(--soft); vertical-align: bottom; }
 """
@@ -85,9 +85,10 @@ class Page:
             f'<tr><th scope="row">{escape(first)}</th>' + "".join(map(cell, rest)) + "</tr>"
             for first, *rest in rows
         )
+        name = escape(caption)
         self.parts.append(
-            f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-            f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead>"
+            f'<h3>{name}</h3><div class="wide" role="region" tabindex="0" aria-label="{name}">'
+            f'<table aria-label="{name}"><thead><tr>{heads}</tr></thead>'
             f"<tbody>{''.join(lines)}</tbody></table></div>"
         )
 
