@@ -2,6 +2,8 @@
 
     python evaluate.py                     all parts; a table here and in runs/evaluate/report.md
     python evaluate.py --only copy         one part, to runs/evaluate/copy.md
+    python evaluate.py --html DIR          a page to listen to, with the tables that lie in --out
+    python evaluate.py --ref DIR --hyp DIR,DIR    any codec's output, by file names: see scoring.py
 
     asr             original recordings, voices known and unknown
     copy            mel of the original -> HiFT or Griffin-Lim -> wav
@@ -9,12 +11,14 @@
     reconstruction  wav + true text -> codes -> units -> flow -> HiFT, by three tokenizers
     units           share of S3 units predicted right, voices unknown; hidden: without the history
     continuation    three spoken words -> spoken LM -> speech
+    layers          what MLDA mixes, and where each word looks: see layer_report.py
+    likelihood      natural recordings against changed ones, by the spoken LM: see likelihood.py
+    swap            codes of single words exchanged between two readings: see token_swap.py
 
-WER is counted by the bundle's own recognizer: the WER of the originals is the floor. F0-PCC is that
-of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
+WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
+that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
 """
 
-import json
 import math
 import re
 import time
@@ -28,18 +32,43 @@ import torch
 from torch import Tensor
 
 import audio
+import layer_report
+import likelihood as lik
 import synth
+import token_swap
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
 from grammar import is_grammatical
-from metrics import edit_distance, f0_correlation, plain_words, ratio_and_error
+from listening_page import write_page
+from metrics import (
+    PROSODY,
+    RULES,
+    TRACKERS,
+    Contours,
+    Scores,
+    bitrate,
+    contours,
+    prosody,
+    ratio_and_error,
+    similarity,
+)
 from pipeline import RATE, SAMPLING, Pipeline, Speech, transcribe
+from scoring import Figures, Judges, as_json, markdown, paper, score_folders
 from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
 from weights import write_atomic
 
-Figures = dict[str, tuple[float, float]]  # measure -> value, standard error (NaN: none)
-PARTS = ("asr", "copy", "topline", "reconstruction", "units", "continuation")
+PARTS = (
+    "asr",
+    "copy",
+    "topline",
+    "reconstruction",
+    "units",
+    "continuation",
+    "layers",
+    "swap",
+    "likelihood",
+)
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
 PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
 
@@ -50,34 +79,29 @@ class Config:
     bundle: Path = flag(Path("weights/tiny"), "all models, see train_tiny.py")
     only: str = flag("all", "which part", ("all", *PARTS))
     items: int = flag(200, "utterances of each split, 200 at most")
+    ref: Path = flag(Path(), "recordings to compare with --hyp, instead of all parts")
+    hyp: str = flag("", "with --ref: folder of what a codec made of them; several with commas")
+    tracker: str = flag("yin", "of F0: yin is pitch.py; crepe needs torchcrepe", TRACKERS)
+    rules: str = flag("basic", "of Whisper for WER; english needs whisper-normalizer", RULES)
+    asr: Path = flag(Path(), "with --ref: bundle or public Whisper that counts WER; default: none")
+    speaker: Path = flag(Path(), "with --ref: bundle or public CAM++ for voices; default: none")
+    utmos22: str = flag("", "with --ref: command that prints it for a wav, or TorchScript file")
+    utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
+    runs: Path = flag(Path("runs/compare"), "for layers: trainings whose accuracy is drawn")
     prompts: int = flag(100, "spoken prompts that are continued")
+    html: Path = flag(Path(), "folder of a static page: players, pictures, tables of --out")
+    shown: int = flag(12, "utterances on that page")
+    swaps: int = flag(200, "single words that are swapped")
+    pairs: int = flag(100, "pairs of each built-in task of likelihood")
+    score: str = flag("mean", "of log likelihoods over tokens, or their sum", lik.SCORES)
+    salmon: Path = flag(Path(), "for likelihood: folder of SALMon, with its tasks in it")
+    storycloze: Path = flag(Path(), "for likelihood: folder of a spoken StoryCloze")
     seeds: int = flag(1, "how often what is drawn is drawn anew; pooled by utterance")
     threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
 
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
-
-
-class Scores:
-    """Measures of one system, each a ratio of two sums over utterances (and seeds)."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, dict[int, tuple[float, float]]] = {}
-
-    def add(self, measure: str, i: int, part: float, whole: float = 1.0) -> None:
-        """One value of utterance i; a NaN (undefined) is left out."""
-        rows = self.sums.setdefault(measure, {})
-        old = rows.get(i, (0.0, 0.0))
-        rows[i] = old if math.isnan(part) else (old[0] + part, old[1] + whole)
-
-    def words(self, measure: str, i: int, text: str, heard: str) -> None:
-        wanted, got = plain_words(text), plain_words(heard)
-        self.add(measure, i, edit_distance(wanted, got), len(wanted))
-
-    def figures(self) -> Figures:
-        columns = {name: zip(*rows.values(), strict=True) for name, rows in self.sums.items()}
-        return {name: ratio_and_error(*columns[name]) for name in columns}
 
 
 class System:
@@ -102,10 +126,23 @@ class System:
     def test(self) -> list[Item]:
         return self.items("test")
 
+    def coded(self) -> dict[str, str]:
+        """The tokenizers that make codes."""
+        return {k: folder for k, folder in shipped(self.bundle).items() if k != "text only"}
+
     @cached_property
     def originals(self) -> list[Tensor]:
         """test at 16 kHz, (S,) each"""
         return [item.wav(RATE) for item in self.test]
+
+    @cached_property
+    def contours(self) -> list[Contours]:
+        return [contours(wav, self.cfg.tracker) for wav in self.originals]
+
+    @cached_property
+    def voices(self) -> list[Tensor]:
+        """of test, (X,) each"""
+        return [self.frontend.features(wav)["voice"][0] for wav in self.originals]
 
     @cached_property
     def floor(self) -> Figures:
@@ -124,13 +161,18 @@ class System:
             yield torch.Generator(self.device).manual_seed(seed)
 
     def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
-        """copies of test (S,) at 22.05 kHz: words and pitch. timed: also frame by frame."""
+        """copies of test (S,) at 22.05 kHz: words, prosody, voice. timed: pitch by frame, too."""
         wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
         for i, (wav, heard) in enumerate(zip(wavs, transcribe(self.frontend, wavs), strict=True)):
             scores.words("WER", i, self.test[i].text, heard)
-            scores.add("F0-PCC", i, f0_correlation(self.originals[i], wav))
+            copy = contours(wav, self.cfg.tracker)
+            for measure, value in prosody(self.contours[i], copy).items():
+                scores.add(measure, i, value)
             if timed:
-                scores.add("F0-PCC frames", i, f0_correlation(self.originals[i], wav, warp=False))
+                same_time = prosody(self.contours[i], copy, warp=False)
+                scores.add("F0-PCC frames", i, same_time["F0-PCC"])
+            voice = self.frontend.features(wav)["voice"][0]
+            scores.add("Spk. Sim.", i, similarity(self.voices[i], voice))
 
 
 def asr(system: System) -> dict[str, Figures]:
@@ -186,8 +228,11 @@ def reconstruction(system: System) -> dict[str, Figures]:
         pairs = list(zip(system.originals, system.test, strict=True))
         speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
         seconds = sum(map(len, system.originals)) / RATE
-        rate = bitrate(pipeline, speeches, seconds) if name != "text only" else {}
-        if not rate:
+        rate: Figures = {}
+        if name != "text only" and pipeline.tokenizer.quantizer is not None:
+            codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])
+            rate = bitrate(codes, pipeline.tokenizer.quantizer.n_codes, seconds)
+        else:
             speeches = [replace(speech, codes=None) for speech in speeches]
         out[name] = reconstruct(system, pipeline, speeches, name) | rate
     return out
@@ -205,23 +250,6 @@ def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name
                 copies.append(wav)
         system.compare(scores, copies, timed=False)
     return scores.figures()
-
-
-def bitrate(pipeline: Pipeline, speeches: list[Speech], seconds: float) -> Figures:
-    """Bits of a word's codes: nominal, and the entropy of each channel over all words, added up.
-
-    The plug-in estimate is low by about (K - 1) / (2 ln 2 words) bit a channel."""
-    codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])  # (n, Q)
-    levels = pipeline.tokenizer.quantizer.n_codes  # type: ignore[union-attr]
-    share = torch.stack([c.bincount(minlength=levels) for c in codes.cpu().T]) / len(codes)
-    entropy = -(share * share.clamp(min=1e-9).log2()).sum(1)  # (Q,)
-    rate, nominal = len(codes) / seconds, codes.shape[1] * math.log2(levels)
-    values = {
-        "words/s": rate, "bit/word": nominal, "bit/s": rate * nominal,
-        "entropy/word": float(entropy.sum()),
-        **{f"entropy of channel {q}": float(h) for q, h in enumerate(entropy)},
-    }  # fmt: skip
-    return {name: (value, math.nan) for name, value in values.items()}
 
 
 def units(system: System) -> dict[str, Figures]:
@@ -266,9 +294,41 @@ def continuation(system: System) -> dict[str, Figures]:
     return {f"{len(prompts)} prompts of {PROMPT_WORDS} words": scores.figures()}
 
 
+def layers(system: System) -> dict[str, Figures]:
+    """Pictures of the first utterances go to OUT/pictures, and of all runs, if there are any."""
+    out, pictures = dict[str, Figures](), system.cfg.out / "pictures"
+    for name, folder in system.coded().items():
+        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        found = layer_report.measure(pipeline, system.originals, system.test, pictures / folder)
+        out |= {f"{name}{row}": figures for row, figures in found.items()}
+    layer_report.save_curves(system.cfg.runs, pictures / "accuracy.png")
+    return out | layer_report.paper_figures()
+
+
+def swap(system: System) -> dict[str, Figures]:
+    """Changes of the swapped word against the true ones, and of the others."""
+    out = dict[str, Figures]()
+    tests = token_swap.trials(system.test, system.cfg.swaps)
+    found = {"espeak-ng": token_swap.espeak_effect(tests)}
+    for name, folder in system.coded().items():
+        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        found[name] = token_swap.system_effect(pipeline, tests, seed=0)
+    for name, rows in found.items():
+        out |= {f"{name}: {row}": figures for row, figures in rows.items()}
+    return out
+
+
+def likelihood(system: System) -> dict[str, Figures]:
+    cfg, path = system.cfg, (system.bundle / TOKENIZERS["TASLA"], system.bundle / "spoken_lm")
+    pipeline = Pipeline(system.bundle, *path, device=str(system.device))
+    return lik.measure(pipeline, system.test, cfg.pairs, cfg.score, cfg.salmon, cfg.storycloze)
+
+
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    is_share = re.search("WER|accuracy|hidden|ended|grammatical", measure)
+    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign", measure)
+    if math.isnan(value):
+        return "undefined"
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")
     spread = "" if math.isnan(error) else f" ± {scale * error:.{digits}f}"
     return f"{scale * value:.{digits}f}{spread}{end}"
@@ -284,22 +344,54 @@ def table(part: str, rows: dict[str, Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare_folders(cfg: Config) -> None:
+    """--ref --hyp: see scoring.py"""
+    if cfg.ref == Path() or not cfg.hyp:
+        raise ValueError("--ref and --hyp go together: recordings, and what a codec made of them")
+    judges = Judges(cfg.tracker, cfg.rules, cfg.asr, cfg.speaker, cfg.utmos22, cfg.utmosv2)
+    print(score_folders(cfg.ref, [Path(name) for name in cfg.hyp.split(",")], judges, cfg.out))
+    print(f"written to {cfg.out / 'scores'}.json, .csv and .md")
+
+
+def page(system: System) -> None:
+    """--html: see listening_page.py"""
+    pipelines = {
+        name: Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
+        for name, folder in shipped(system.bundle).items()
+    }
+    if not pipelines:
+        raise ValueError(f"{system.bundle}: no tokenizer to listen to; see train_tokenizer.py")
+    path = write_page(system.cfg.html, pipelines, system.test, system.cfg.shown, system.cfg.out)
+    print(f"written to {path}")
+
+
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
-    positive(cfg, "items", "prompts", "seeds", "threads")
+    positive(cfg, "shown", "items", "prompts", "swaps", "pairs", "seeds", "threads")
     torch.set_num_threads(cfg.threads)
+    if cfg.ref != Path() or cfg.hyp:
+        compare_folders(cfg)
+        return
     system, report = System(cfg), dict[str, dict[str, Figures]]()
+    if cfg.html != Path():
+        page(system)
+        return
     cfg.out.mkdir(parents=True, exist_ok=True)
-    measure = {f.__name__: f for f in (asr, copy, topline, reconstruction, units, continuation)}
+    functions = (asr, copy, topline, reconstruction, units, continuation, layers, swap, likelihood)
+    measure = {f.__name__: f for f in functions}
     for name in PARTS if cfg.only == "all" else (cfg.only,):
         start = time.monotonic()
         report[name] = measure[name](system)
         spent = clock(time.monotonic() - start)
         print(f"\n{table(name, report[name])}\n{name} took {spent}\n", flush=True)
     name = "report" if cfg.only == "all" else cfg.only
-    values = json.dumps({"config": vars(cfg), "parts": report}, indent=1, default=str)
-    write_atomic(cfg.out / f"{name}.json", values.replace("NaN", "null").encode())
+    write_atomic(cfg.out / f"{name}.json", as_json({"config": vars(cfg), "parts": report}))
     tables = "\n".join(table(part, rows) for part, rows in report.items())
+    if {"topline", "reconstruction"} & report.keys():
+        tables += "\n" + markdown("the papers' values", paper(), [*PROSODY, "WER", "Spk. Sim."])
+        tables += (
+            f"\nF0 here: {cfg.tracker}; the paper: CREPE. Their WER is a share, not per cent.\n"
+        )
     write_atomic(cfg.out / f"{name}.md", tables.encode())
     print(f"written to {cfg.out / name}.json and .md")
 

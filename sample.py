@@ -4,6 +4,7 @@
     python sample.py prompt.wav --text "two dogs run"     what is said, if you know better
     python sample.py --words 6 --seed 3                   no prompt: the model begins
     python sample.py prompt.wav --reconstruct             through the codes and back
+    python sample.py a.wav --swap b.wav --words 2:4       the same words, words 2 to 4 as in b.wav
     python sample.py prompt.wav --model Llama-1B-TASTE-V0/ --asr whisper-large-v3/
 
 The tiny bundle knows its synthetic voices and the 332 words of grammar.py only; of other speech
@@ -11,6 +12,7 @@ it makes what it can. --model: the released system as it was published, with its
 """
 
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from continuation import Sampling
 from pipeline import RATE, SAMPLING, Pipeline, Speech, check_wav
 from released import SAMPLING as PUBLIC
 from released import WORDS, Released, open_models
+from token_swap import mixtures
 
 ROOT = Path(__file__).parent
 MODES = {
@@ -41,8 +44,17 @@ class Config:
     wav: Path | None = flag(None, "the prompt: wav, flac, ogg, mp3 of any rate; none: begin freely")
     text: str = flag("", "what is said in the prompt; empty: it is transcribed")
     mode: str = flag("audio", "; ".join(f"{k}: {v}" for k, v in MODES.items()), MODES)
-    words: int = flag(4, "new words at least; it goes on to the end of the sentence")
+    words: str = flag(
+        "4",
+        "new words at least, it goes on to the end of the sentence; with --swap: FIRST:LAST, both "
+        "included, counted from 1",
+    )
     out: Path = flag(Path("continuation.wav"), "where the sound goes")
+    swap: Path = flag(
+        Path(),
+        "a recording of the same words: exchange the codes of --words, and write OUT_a.wav, "
+        "OUT_a_with_b.wav, OUT_b.wav and OUT_b_with_a.wav",
+    )
     reconstruct: bool = flag(False, "say the prompt again from its codes, add nothing")
     temperature: float = flag(SAMPLING.temperature, "of the text; 0: the most likely word")
     top_p: float = flag(SAMPLING.top_p, "of the text: fewest tokens that reach this probability")
@@ -73,7 +85,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "taste": {  # the default with --model
-        "words": WORDS,
+        "words": str(WORDS),
         "temperature": PUBLIC.temperature,
         "top_p": PUBLIC.top_p,
         "repetition_penalty": PUBLIC.repetition_penalty,
@@ -83,7 +95,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check(cfg: Config) -> None:
     """Refuse what cannot work before anything is loaded."""
-    positive(cfg, "words", "threads")
+    positive(cfg, "threads")
+    span(cfg)
     if not (0 <= cfg.temperature < math.inf and 0 <= cfg.code_temperature < math.inf):
         raise ValueError(
             f"--temperature {cfg.temperature} --code-temperature {cfg.code_temperature}: "
@@ -105,8 +118,21 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--out {cfg.out}: the folder does not exist; make it first")
 
 
+def span(cfg: Config) -> tuple[int, int]:
+    """--words: (first, last) word of a swap; else the number of new words, twice."""
+    swaps = cfg.swap != Path()
+    found = re.fullmatch(r"(\d+):(\d+)" if swaps and ":" in cfg.words else r"(\d+)()", cfg.words)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        wanted = "FIRST:LAST, as in 2:4" if swaps else "a number of at least 1"
+        raise ValueError(f"--words {cfg.words}: wanted {wanted}")
+    return first, last
+
+
 def check_mode(cfg: Config) -> None:
     """Refuse flags that do not go together."""
+    if cfg.swap != Path() and (cfg.wav is None or cfg.reconstruct or cfg.mode != "audio"):
+        raise ValueError("--swap needs a recording, and neither --reconstruct nor --mode")
     given = cfg.model != Path()
     if given != (cfg.asr != Path()):
         raise ValueError("--model and --asr go together: the released system does not recognize")
@@ -133,7 +159,8 @@ def open_system(cfg: Config, device: torch.device) -> Pipeline | Released:
         return Released(models, not cfg.fixed)
     tokenizer = cfg.bundle / "tokenizer" if cfg.tokenizer == Path() else cfg.tokenizer
     lm = cfg.bundle / "spoken_lm" if cfg.lm == Path() else cfg.lm
-    return Pipeline(cfg.bundle, tokenizer, None if cfg.reconstruct else lm, str(device))
+    speaks_only = cfg.reconstruct or cfg.swap != Path()
+    return Pipeline(cfg.bundle, tokenizer, None if speaks_only else lm, str(device))
 
 
 def hear(cfg: Config, pipeline: Pipeline | Released, wav: Tensor | None) -> Speech | None:
@@ -153,6 +180,28 @@ def voice_of(cfg: Config, pipeline: Pipeline | Released, wav: Tensor | None) -> 
     return pipeline.voice(audio.read(cfg.bundle / "prompt.wav", RATE) if wav is None else wav)
 
 
+def swap(cfg: Config, pipeline: Pipeline | Released, speech: Speech) -> None:
+    """The four mixtures of `speech` and --swap, drawn with the same random numbers."""
+    other = check_wav(audio.read(cfg.swap, RATE), str(cfg.swap))
+    theirs = pipeline.encode(other, cfg.text or pipeline.transcribe(other))
+    first, last = span(cfg)
+    kept, chosen, rest = (
+        speech.words[: first - 1],
+        speech.words[first - 1 : last],
+        speech.words[last:],
+    )
+    mixed = mixtures(speech, theirs, first, last)
+    print(f"swapped       {' '.join([*kept, '[', *chosen, ']', *rest])}")
+    for name, mixture in mixed.items():
+        torch.manual_seed(cfg.seed)
+        rng = torch.Generator(pipeline.device).manual_seed(cfg.seed)
+        wav, stopped = pipeline.speak(mixture, rng)
+        out = cfg.out.with_stem(f"{cfg.out.stem}_{name}")
+        audio.write(out, wav, audio.VOCODER_RATE)
+        seconds = len(wav) / audio.VOCODER_RATE
+        print(f"{name:13} {seconds:.2f} s in {out}{'' if stopped else ', cut at its limit'}")
+
+
 def main() -> None:
     start = time.monotonic()
     public = any(word.split("=")[0] == "--model" for word in sys.argv)
@@ -170,6 +219,9 @@ def main() -> None:
     if speech is not None:
         lasts = f"   ({len(wav) / RATE:.2f} s)" if wav is not None else ""
         print(f"prompt        {speech.text}{lasts}")
+    if speech is not None and cfg.swap != Path():
+        swap(cfg, pipeline, speech)
+        return
     if speech is None or not cfg.reconstruct:
         penalty, heat = cfg.repetition_penalty, cfg.code_temperature
         sampling = Sampling(cfg.temperature, cfg.top_p, penalty, heat)
@@ -177,7 +229,7 @@ def main() -> None:
         more: dict[str, Any] = {}
         if cfg.mode == "instruct":
             more = {"around": (cfg.prefix, cfg.suffix), "stop": cfg.stop or None}
-        new, ended = pipeline.reply(speech, cfg.words, sampling, voice, rng, **more)
+        new, ended = pipeline.reply(speech, span(cfg)[0], sampling, voice, rng, **more)
         said = f"{new.glue} {new.text}".strip()
         print(f"continuation  {said}{'' if ended else ' ...'}")
         alone = cfg.new_only or cfg.mode != "audio"

@@ -164,7 +164,7 @@ def train(cfg: Config) -> SpeechTokenizer:
         opt.step()
         if step % 50 == 0 or step == steps:
             parts = {k: getattr(out, k) for k in ("loss", "ce", "recon", "guide", "prosody")}
-            log.row(step, **parts, norm=norm)
+            log.row(step, **parts, accuracy=out.units.unit_accuracy, norm=norm)
         if step % cfg.save_every == 0 or step in (text_steps, steps):
             save_checkpoint(cfg.out, state, {"step": step, "config": vars(cfg)})
         if step in (text_steps, steps):

@@ -17,7 +17,8 @@ ROWS = (  # a file imports only from rows above its own
     "data continuation sizes onnx_file",
     "public",
     "pipeline",
-    "released",
+    "released layer_report token_swap likelihood",
+    "scoring listening_page",
     "train_tiny train_tokenizer train_lm sample evaluate bench",
     "compare",
 )
@@ -28,7 +29,10 @@ LINES = {"hift": 450, "flow": 450, "train_tiny": 700}  # all others: 400
 FUNCTION_LINES = 60  # train() and train_*() may be longer: a recipe is read from top to bottom
 LIBRARIES = {"torch", "torchaudio", "numpy", "soundfile", "safetensors", "sentencepiece"}
 LIBRARIES |= {"espeakng_loader", "matplotlib"}
-OPTIONAL = {"onnx_file": {"onnx", "google"}}  # google: protobuf's errors, which onnx raises
+OPTIONAL = {
+    "onnx_file": {"onnx", "google"},  # google: protobuf's errors, which onnx raises
+    "metrics": {"torchcrepe", "whisper_normalizer"},
+}
 
 FILES = sorted(ROOT.glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))

@@ -366,6 +366,60 @@ def test_a_spoken_lm_of_another_tokenizer(call: Callable, tiny_bundle: Path) -> 
     assert is_refused(call("--tokenizer", tiny_bundle / "tokenizer_rvq"))
 
 
+# --- swap ----------------------------------------------------------------------------------------
+
+
+def test_swap_writes_four_mixtures(call: Callable, tiny_bundle: Path, tmp_path: Path) -> None:
+    prompt, other = tiny_bundle / "prompt.wav", tmp_path / "b.wav"
+    audio.write(other, speech(1.2), 16000)
+    flags = ("--swap", other, "--text", "Two dogs run.", "--words")
+    code, out, _, path = call(prompt, *flags, "2:3")
+    assert code == 0
+    assert "two [ dogs run. ]" in out
+    files = [path.with_name(f"x_{name}.wav") for name in ("a", "a_with_b", "b", "b_with_a")]
+    assert all(map(is_sound, files))
+    assert not path.exists()
+    before = [file.read_bytes() for file in files]
+    assert call(prompt, *flags, "2:3")[0] == 0
+    assert [file.read_bytes() for file in files] == before  # same seed, same sound
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--words", "2:6"], "words 2:6 of 5"),
+        (["--words", "0:2"], "--words 0:2: wanted FIRST:LAST"),
+        (["--words", "3:2"], "--words 3:2: wanted FIRST:LAST"),
+        (["--words", "2-3"], "--words 2-3: wanted FIRST:LAST"),
+        (["--words", "1", "--reconstruct"], "--reconstruct"),
+        (["--words", "1", "--mode", "zero"], "--mode"),
+        (["--words", "1", "--text", "?"], "the word '?'"),
+    ],
+)
+def test_swap_refuses(
+    flags: list[str], told: str, call: Callable, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    prompt = tiny_bundle / "prompt.wav"
+    code, _, err, path = call(prompt, "--swap", prompt, *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert told in err
+    assert not [*path.parent.glob("*.wav")]
+
+
+def test_swap_of_other_words_or_no_recording(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = tiny_bundle / "prompt.wav"
+    assert "no such audio file" in call(prompt, "--swap", "none.wav", "--words", "1")[2]
+    assert "--swap needs a recording" in call("--swap", prompt, "--words", "1")[2]
+    assert "--words 2:3" in call(prompt, "--words", "2:3")[2]  # means a number without --swap
+    heard = iter(["two dogs run.", "two dogs sing."])
+    monkeypatch.setattr(pipeline.Pipeline, "transcribe", lambda *args: next(heard))
+    code, _, err, _ = call(prompt, "--swap", prompt, "--words", "1")
+    assert code == 2
+    assert "'two dogs run.' and 'two dogs sing.'" in err
+
+
 # --- evaluate.py ---------------------------------------------------------------------------------
 
 
@@ -387,7 +441,9 @@ def measure(
 def test_evaluate_measures_every_part(
     measure: Callable, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = measure(tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2)
+    parts = measure(
+        tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2, "--pairs", 2
+    )
     assert list(parts) == list(evaluate.PARTS)
     assert "| reconstruction | WER |" in capsys.readouterr().out
     assert parts["asr"]["known voices"] == parts["copy"]["original"]
