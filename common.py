@@ -95,16 +95,21 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def setup(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Return (rank, world, device); under torchrun also join the process group, see finish()."""
+def place(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Which of torchrun's processes this is: (rank, world, device), each with a GPU of its own."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, pick_device(device)
-    cuda = torch.cuda.is_available() and device != "cpu"
-    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
-    if cuda:
+    chosen = pick_device(device)
+    if world > 1 and chosen.type == "cuda":
+        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, chosen
+
+
+def setup(device: str = "auto") -> tuple[int, int, torch.device]:
+    """As place; under torchrun also join the process group, see finish()."""
+    rank, world, chosen = place(device)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return rank, world, chosen
 
 
@@ -132,13 +137,18 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.03)
 class Log:
     """One line per logged step on the screen, with the time left, and the same in run/log.jsonl."""
 
-    def __init__(self, run: Path, name: str, steps: int, first: int = 0) -> None:
-        self.run, self.name, self.steps, self.first = run, name, steps, first
+    def __init__(
+        self, run: Path, name: str, steps: int, first: int = 0, quiet: bool = False
+    ) -> None:
+        """first: the step that was done already. quiet: a process that does not write."""
+        self.run, self.name, self.steps, self.first, self.quiet = run, name, steps, first, quiet
         self.start = time.monotonic()
         run.mkdir(parents=True, exist_ok=True)
 
     def row(self, step: int, **values: float | torch.Tensor) -> None:
         """Tensors are read here, and only here: reading one waits for the GPU."""
+        if self.quiet:
+            return
         plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         spent = time.monotonic() - self.start
         left = spent / max(1, step - self.first) * (self.steps - step)

@@ -211,7 +211,7 @@ def load_model(model: Model, folder: Path) -> Model:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file completely or not at all."""
-    partial = path.with_name(f".partial.{path.name}")
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
     partial.write_bytes(data)
     os.replace(partial, path)
 
