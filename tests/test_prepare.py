@@ -57,14 +57,15 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_killed_and_run_again_gives_the_same_bytes(
     when: str, spoken: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert exit_code(flags(spoken, tiny_bundle, tmp_path / "whole"), monkeypatch) == 0
+    (spoken / "19/198/19-198-0001.flac").write_bytes(b"no sound" * 100)
+    assert exit_code(flags(spoken, tiny_bundle, tmp_path / "whole"), monkeypatch) == 3
     argv = flags(spoken, tiny_bundle, tmp_path / "killed")
     done = script(tmp_path / "cache", "prepare.py", *argv, when=when)
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "killed" / "report.json").exists()
     with pytest.raises(FileNotFoundError, match=r"run prepare\.py to the end"):
         Shards(tmp_path / "killed", tiny_bundle)
-    assert exit_code(argv, monkeypatch) == 0
+    assert exit_code(argv, monkeypatch) == 3
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert {"shard-00002.safetensors", "manifest.json"} < files(tmp_path / "whole").keys()
 
