@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -111,6 +112,16 @@ def setup(device: str = "auto") -> tuple[int, int, torch.device]:
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return rank, world, chosen
+
+
+@contextmanager
+def one_by_one(rank: int) -> Iterator[None]:
+    """Process 0 first, then all the others: it writes the files that they would write, too."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
 
 
 def finish() -> None:

@@ -121,11 +121,11 @@ def set_rate(cfg: Recipe, opt: torch.optim.Optimizer, step: int, steps: int) -> 
 
 def parallel(model: nn.Module, world: int, device: torch.device) -> nn.Module:
     """The model, or what keeps its gradients alike in all processes. To be made anew when other
-    parameters are trained. The quantizers see to their own buffers."""
+    parameters are trained."""
     if world == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices)
 
 
 def share(net: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -221,7 +221,7 @@ class Meter:
 
     def add(self, **values: Tensor) -> None:
         """Of one micro-batch, on the device; nothing waits for it."""
-        for name, value in values.items() | {("n", torch.ones((), device=self.device))}:
+        for name, value in (values | {"n": torch.ones((), device=self.device)}).items():
             value = value.detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 

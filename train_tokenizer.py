@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import loop
 import synth
 from aggregator import AggregatorConfig
-from common import Log, finish, flag, parse, positive, run, seed_step, setup
+from common import Log, finish, flag, one_by_one, parse, positive, run, seed_step, setup
 from data import (
     Batches,
     FrameBatches,
@@ -276,7 +276,8 @@ def train(cfg: Config) -> SpeechTokenizer:
     positive(cfg, "fsq_channels")
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    frontend, data, dev = prepare(cfg, device)
+    with one_by_one(rank):
+        frontend, data, dev = prepare(cfg, device)
     model = build(cfg, frontend).to(device)
     if cfg.init != Path():
         model.unit_decoder.load_state_dict(load_tokenizer(cfg.init).unit_decoder.state_dict())
