@@ -210,8 +210,9 @@ def ceiling(device: torch.device, seconds: float = 1.0) -> float:
 class Meter:
     """What is added up between two lines of the log."""
 
-    def __init__(self, world: int, device: torch.device) -> None:
-        self.world, self.device, self.mfu_per_unit_s = world, device, 0.0
+    def __init__(self, world: int, device: torch.device, what: str = "units_s") -> None:
+        """what: is counted, for the rate."""
+        self.world, self.device, self.what, self.mfu_per_unit_s = world, device, what, 0.0
         self.sums: dict[str, Tensor] = {}
         self.start = time.monotonic()
 
@@ -219,17 +220,17 @@ class Meter:
         """Log MFU from now on; forward: a typical micro-batch with so many units."""
         self.mfu_per_unit_s = flops(model, forward) / int(units) / ceiling(self.device)
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, count: Tensor, **values: Tensor) -> None:
         """Of one micro-batch, on the device; nothing waits for it."""
-        for name, value in (values | {"n": torch.ones((), device=self.device)}).items():
+        for name, value in {"n": torch.ones_like(count), "count": count, **values}.items():
             value = value.detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def row(self) -> dict[str, float]:
-        """Means over all micro-batches of all processes; `units` becomes a rate. Starts anew."""
+        """Means over all micro-batches of all processes, counts per second. Starts anew."""
         found = total(self.sums, self.world)
-        n, rate = found.pop("n"), found.pop("units") / (time.monotonic() - self.start)
-        found = {name: value / n for name, value in found.items()} | {"units_s": rate}
+        n, rate = found.pop("n"), found.pop("count") / (time.monotonic() - self.start)
+        found = {name: value / n for name, value in found.items()} | {self.what: rate}
         if self.mfu_per_unit_s:
             found["mfu"] = rate / self.world * self.mfu_per_unit_s
         self.sums, self.start = {}, time.monotonic()

@@ -2,6 +2,7 @@
 
     python prepare.py --preset tasla --corpus librispeech --data LibriSpeech/ --bundle B --out DIR
     python prepare.py --corpus manifest --data all.tsv ...          also libritts, builtin
+    python prepare.py --corpus features --data DIR --tokenizer T    codes of T, for train_lm.py
     torchrun --nproc-per-node 8 prepare.py ...                      eight processes, or GPUs
 
 Utterance i lies in shard i // per-shard, and every utterance is computed alone: the bytes depend
@@ -28,9 +29,18 @@ import audio
 import synth
 import text
 from common import flag, parse, place, positive, progress, run
-from data import Item, builtin, digest, librispeech, libritts, manifest
-from shards import FORMAT, digests, open_frontend, read_layers, shard_name
-from tokenizer import Frontend
+from data import Item, builtin, digest, from_file, librispeech, libritts, manifest
+from shards import (
+    FORMAT,
+    Shards,
+    check_layers,
+    digests,
+    open_frontend,
+    read_layers,
+    shard_batch,
+    shard_name,
+)  # fmt: skip
+from tokenizer import Frontend, load_tokenizer
 from weights import read_json, write_atomic
 
 LEFT_OUT = 3  # exit code
@@ -40,8 +50,11 @@ LEFT_OUT = 3  # exit code
 class Config:
     out: Path = flag(Path("features"), "folder of the shards")
     corpus: str = flag(
-        "builtin", "kind of corpus", choices=("builtin", "librispeech", "libritts", "manifest")
+        "builtin",
+        "kind of corpus, or features that are there already, to compute codes",
+        choices=("builtin", "librispeech", "libritts", "manifest", "features"),
     )
+    tokenizer: Path = flag(Path(), "folder of train_tokenizer.py, with --corpus features")
     data: Path = flag(Path("train"), "its folder or file; of the built-in one: its split")
     utterances: int = flag(2000, "training utterances of the built-in corpus")
     bundle: Path = flag(Path("weights/tiny"), "the frozen models: asr, s3, speaker, and lm if any")
@@ -66,6 +79,9 @@ def read_corpus(cfg: Config) -> list[Item]:
         return builtin(synth.load(n_train=cfg.utterances), str(cfg.data))
     if cfg.corpus == "libritts":
         return libritts(cfg.data)
+    if cfg.corpus == "features":
+        rows = Shards(cfg.data, cfg.bundle).utterances()
+        return [from_file(r["key"], r["text"], r["speaker"], cfg.data) for r in rows]
     return (librispeech if cfg.corpus == "librispeech" else manifest)(cfg.data, strict=False)
 
 
@@ -81,8 +97,8 @@ class Features:
         self.lm = text.load_tokenizer(lm) if lm.is_dir() else None
 
     @torch.inference_mode()
-    def of(self, item: Item) -> dict[str, Tensor]:
-        """ValueError or OSError: why this utterance cannot be used."""
+    def of(self, i: int, item: Item) -> dict[str, Tensor]:
+        """Of utterance i. ValueError or OSError: why it cannot be used."""
         wav = item.wav(audio.WHISPER_RATE)
         self.check_length(len(wav) // audio.WHISPER_HOP)
         found = self.texts(item.text) | self.frontend.features(wav)
@@ -118,14 +134,40 @@ class Features:
         return {name: torch.tensor(ids, dtype=torch.int32) for name, ids in rows.items()}
 
 
-def write_shard(path: Path, items: Sequence[Item], features: Features) -> None:
-    """Compute one shard and put it in its place, completely or not at all."""
+class Codes:
+    """The codes that a tokenizer gives the words of prepared features, and the LM's text."""
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        if cfg.tokenizer == Path():
+            raise ValueError("--corpus features makes codes: give their --tokenizer")
+        self.store, self.device = Shards(cfg.data, cfg.bundle), device
+        self.frontend = open_frontend(cfg.bundle).to(device)
+        self.tokenizer = load_tokenizer(cfg.tokenizer).to(device)
+        check_layers(self.store, self.tokenizer.config.aggregator.value_layers)
+        if "llm_ids" not in self.store.names:
+            raise ValueError(
+                f"{cfg.data}: has no text for an LM; prepare it with one in the bundle"
+            )
+
+    @torch.inference_mode()
+    def of(self, i: int, item: Item) -> dict[str, Tensor]:
+        """Of utterance i."""
+        layers = self.tokenizer.config.aggregator.value_layers
+        x = shard_batch(self.store, [i], layers, self.frontend, self.device)
+        codes = self.tokenizer.encode(x.ids, x.word_ids, x.last, x.taps, x.keep)[0]
+        names = ("llm_ids", "llm_word_ids", "units")
+        return {name: self.store.get(name, i) for name in names} | {"codes": codes.short().cpu()}
+
+
+def write_shard(path: Path, first: int, items: Sequence[Item], features: Features | Codes) -> None:
+    """Compute one shard, items from number `first` on, and put it in its place, completely or not
+    at all."""
     parts: dict[str, list[Tensor]] = {}
     kept: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    for item in items:
+    for i, item in enumerate(items, first):
         try:
-            found = features.of(item)
+            found = features.of(i, item)
         except (ValueError, OSError) as e:
             skipped.append({"key": item.key, "reason": str(e)})
             print(f"left out {item.key}: {e}", file=sys.stderr, flush=True)
@@ -146,11 +188,12 @@ def write_shard(path: Path, items: Sequence[Item], features: Features) -> None:
 
 def describe(cfg: Config, items: Sequence[Item], frontend: Frontend) -> dict[str, Any]:
     """The manifest: all that the features follow from."""
+    codes = cfg.corpus == "features"
     states = {"layers": cfg.layers, "window": frontend.window} if cfg.store == "states" else {}
     return {
         "format": FORMAT,
-        "models": digests(cfg.bundle),
-        "store": cfg.store,
+        "models": digests(cfg.bundle, cfg.tokenizer if codes else None),
+        "store": "codes" if codes else cfg.store,
         **states,
         "dtype": cfg.dtype,
         "unit_frames": frontend.s3.cfg.stride,
@@ -207,14 +250,14 @@ def main() -> None:
     rank, world, device = place(cfg.device)
     torch.set_num_threads(cfg.threads)
     items = read_corpus(cfg)
-    features = Features(cfg, device)
+    features = Codes(cfg, device) if cfg.corpus == "features" else Features(cfg, device)
     ours = describe(cfg, items, features.frontend)
     settle(cfg.out, ours)
     names = [shard_name(k) for k in range(ours["shards"])]
     todo = [k for k in range(rank, len(names), world) if not (cfg.out / names[k]).exists()]
     for k in progress(f"shards of process {rank}", todo):
-        part = items[k * cfg.per_shard : (k + 1) * cfg.per_shard]
-        write_shard(cfg.out / names[k], part, features)
+        first = k * cfg.per_shard
+        write_shard(cfg.out / names[k], first, items[first : first + cfg.per_shard], features)
     if not all((cfg.out / name).exists() for name in names):
         return  # another process is not ready; the last one writes the report
     found = report(cfg.out, len(names))

@@ -60,10 +60,10 @@ def open_frontend(bundle: Path) -> Frontend:
     return Frontend(bundle, open_recognizer(Path(bundle) / "asr"))
 
 
-def digests(bundle: Path) -> dict[str, str]:
-    """{model: hash of its files} of a bundle. Of the LM, which may be missing, features hold only
-    what its tokenizer says."""
-    found = {}
+def digests(bundle: Path, tokenizer: Path | None = None) -> dict[str, str]:
+    """{model: hash of its files} of a bundle, and of a speech tokenizer. Of the LM, which may be
+    missing, features hold only what its text tokenizer says."""
+    found = {} if tokenizer is None else {"tokenizer": hash_of([tokenizer / "model.safetensors"])}
     for name, rows in MODELS.items():
         folder = Path(bundle) / name
         files = sorted({file for row in rows for file in folder.glob(row) if file.is_file()})
@@ -85,8 +85,9 @@ def hash_of(files: Sequence[Path]) -> str:
 class Shards:
     """Features by name of all utterances of a folder, in their order; read when asked for."""
 
-    def __init__(self, folder: Path, bundle: Path) -> None:
-        """ValueError: not finished, damaged, or made by other models than the bundle's."""
+    def __init__(self, folder: Path, bundle: Path, tokenizer: Path | None = None) -> None:
+        """tokenizer: the folder of it, for codes. ValueError: not finished, damaged, or made by
+        other models than these."""
         self.folder = Path(folder)
         if not (self.folder / "report.json").is_file():
             raise FileNotFoundError(
@@ -96,7 +97,7 @@ class Shards:
         self.report = read_json(self.folder / "report.json")
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{folder}: format {self.manifest.get('format')}, wanted {FORMAT}")
-        theirs, ours = self.manifest["models"], digests(bundle)
+        theirs, ours = self.manifest["models"], digests(bundle, tokenizer)
         if stale := [k for k in theirs if k in ours and theirs[k] != ours[k]]:
             raise ValueError(
                 f"{folder}: stale, made by other models than {bundle} has ({', '.join(stale)});"
@@ -112,7 +113,7 @@ class Shards:
         self.names = sorted(self.ends)
         if not self.names:
             raise ValueError(f"{folder}: every utterance was left out, see report.json")
-        counts = torch.tensor([len(ends) for ends in self.ends["units"]])
+        counts = torch.tensor([len(ends) for ends in self.ends[self.names[0]]])
         self.first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
 
     def __len__(self) -> int:

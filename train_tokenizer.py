@@ -327,7 +327,7 @@ def train(cfg: Config) -> SpeechTokenizer:
                     out = forward(net, batch, stage)
                     (out.loss / len(mine)).backward()
                 parts = {"loss": out.loss, "ce": out.ce, "recon": out.recon, "guide": out.guide}
-                meter.add(**parts, units=(batch.units >= 0).sum())
+                meter.add((batch.units >= 0).sum(), **parts)
             norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), cfg.clip, error_if_nonfinite=True
             )
@@ -354,7 +354,6 @@ def train(cfg: Config) -> SpeechTokenizer:
 
 def save(folder: Path, model: SpeechTokenizer, step: int) -> None:
     """A model folder, which load_tokenizer opens."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, model, {"tokenizer": asdict(model.config)}, torch.float16, step=step)
 
 
