@@ -6,6 +6,8 @@ One dataclass is the whole configuration of a script: its fields are the flags, 
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -20,6 +22,8 @@ import torch.distributed as dist
 
 Config = TypeVar("Config")
 Thing = TypeVar("Thing")
+LOST = re.compile(r"(?i)connection (was )?(closed|reset|refused)|remote process exited|NCCL error")
+GO_ON = "if another one ended by itself, its message says why; go on with --resume"
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -75,6 +79,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as e:
+        if not (dist.is_initialized() and LOST.search(str(e))):
+            raise
+        print(f"error: lost a process of this run: {GO_ON}", file=sys.stderr)
+        sys.exit(2)
 
 
 def positive(cfg: Any, *names: str) -> None:
@@ -110,8 +119,14 @@ def setup(device: str = "auto") -> tuple[int, int, torch.device]:
     """As place; under torchrun also join the process group, see finish()."""
     rank, world, chosen = place(device)
     if world > 1:
+        signal.signal(signal.SIGTERM, stopped)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return rank, world, chosen
+
+
+def stopped(signum: int, frame: object) -> NoReturn:
+    """torchrun ends all processes as soon as one of them has ended."""
+    raise OSError(f"stopped ({signal.Signals(signum).name}): {GO_ON}")
 
 
 @contextmanager

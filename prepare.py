@@ -102,7 +102,9 @@ class Features:
         wav = item.wav(audio.WHISPER_RATE)
         self.check_length(len(wav) // audio.WHISPER_HOP)
         found = self.texts(item.text) | self.frontend.features(wav)
-        mel = found.pop("mel")
+        mel, bins = found.pop("mel"), self.frontend.encoder.cfg.n_mels
+        if bins != mel.shape[1]:  # whisper-small hears 80, S3 units 128
+            mel = audio.whisper_mel(wav.to(self.device), bins).T
         found["units"] = found["units"].short()
         if self.cfg.store == "mel":
             found["mel"] = mel.to(self.dtype)
