@@ -3,6 +3,7 @@
 One dataclass is the whole configuration of a script: its fields are the flags, presets are dicts.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -164,10 +165,18 @@ class Log:
     """One line per logged step on the screen, with the time left, and the same in run/log.jsonl."""
 
     def __init__(
-        self, run: Path, name: str, steps: int, first: int = 0, quiet: bool = False
+        self,
+        run: Path,
+        name: str,
+        steps: int,
+        first: int = 0,
+        quiet: bool = False,
+        board: bool = False,
     ) -> None:
-        """first: the step that was done already. quiet: a process that does not write."""
+        """first: the step that was done already. quiet: a process that does not write. board: for
+        TensorBoard, too, if it is installed."""
         self.run, self.name, self.steps, self.first, self.quiet = run, name, steps, first, quiet
+        self.board = open_board(run) if board and not quiet else None
         self.start = time.monotonic()
         run.mkdir(parents=True, exist_ok=True)
 
@@ -182,6 +191,17 @@ class Log:
         print(f"{self.name} {step}/{self.steps} | {text} | {clock(left)} left", flush=True)
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **plain, "seconds": round(spent, 2)}) + "\n")
+        for key, value in plain.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
+
+
+def open_board(run: Path) -> Any:
+    """What writes event files into `run`, or None without TensorBoard."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run))
 
 
 def progress(what: str, things: Sequence[Thing]) -> Iterator[Thing]:

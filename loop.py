@@ -83,7 +83,7 @@ class Recipe:
 def check(cfg: Recipe, world: int) -> None:
     """ValueError: numbers that no run can have."""
     names = ("utterances", "batch", "micro", "save_every", "log_every", "keep", "threads")
-    positive(cfg, *names)
+    positive(cfg, *names, *(["warmup"] if cfg.schedule == "root" else []))
     if cfg.micro % world:
         raise ValueError(f"--micro {cfg.micro}: wanted a multiple of the {world} processes")
     if (cfg.data == Path()) != (cfg.dev == Path()):

@@ -143,7 +143,8 @@ class Codes:
         if cfg.tokenizer == Path():
             raise ValueError("--corpus features makes codes: give their --tokenizer")
         self.store, self.device = Shards(cfg.data, cfg.bundle), device
-        self.frontend = open_frontend(cfg.bundle).to(device)
+        hears = "mel" in self.store.names
+        self.frontend = open_frontend(cfg.bundle, hears).to(device)
         self.tokenizer = load_tokenizer(cfg.tokenizer).to(device)
         check_layers(self.store, self.tokenizer.config.aggregator.value_layers)
         if "llm_ids" not in self.store.names:

@@ -41,23 +41,27 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", *TOKENIZER_FILES)
 MODELS = {"asr": WEIGHT_FILES, "s3": WEIGHT_FILES, "speaker": WEIGHT_FILES, "lm": TOKENIZER_FILES}
 
 
-def open_recognizer(folder: Path) -> Recognizer | None:
-    """A public Whisper folder (also distilled), in fp32; None: one that train_tiny.py made."""
+def open_recognizer(folder: Path, hears: bool) -> Recognizer | None:
+    """A public Whisper folder (also distilled), in fp32; None: one that train_tiny.py made.
+    hears: if not, the encoder stays on the disk."""
     if "encoder" in read_config(folder):
         return None
-    parts = open_public(folder, torch.float32)
+    parts = open_public(folder)
     encoder, decoder = parts.get("encoder"), parts.get("decoder")
     if not isinstance(encoder, WhisperEncoder) or not isinstance(decoder, WhisperDecoder):
         raise ValueError(f"{folder}: holds {sorted(parts)}, wanted a Whisper encoder and decoder")
+    decoder.float()
+    if hears:
+        encoder.float()
     tokens = text.load_tokenizer(folder, decoder.cfg.vocab)
     prefix, (eos,) = tokens.encode(PREFIX, True), tokens.encode("<|endoftext|>", True)
     return Recognizer(encoder, decoder, tokens, tuple(prefix), eos, WINDOW)
 
 
-def open_frontend(bundle: Path) -> Frontend:
+def open_frontend(bundle: Path, hears: bool = True) -> Frontend:
     """The frozen models of a bundle: `s3` and `speaker` from train_tiny.py or public.py --convert,
-    `asr` from train_tiny.py or a public Whisper folder."""
-    return Frontend(bundle, open_recognizer(Path(bundle) / "asr"))
+    `asr` from train_tiny.py or a public Whisper folder. hears: see open_recognizer."""
+    return Frontend(bundle, open_recognizer(Path(bundle) / "asr", hears))
 
 
 def digests(bundle: Path, tokenizer: Path | None = None) -> dict[str, str]:

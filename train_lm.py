@@ -238,7 +238,7 @@ def train(cfg: Config) -> SpokenLM:
     if cfg.mfu:
         batch = load(1)
         meter.measure(model, (batch[1] >= 0).sum(), partial(forward, model, batch))
-    log = Log(cfg.out, "lm", last, saved.first, quiet=rank > 0)
+    log = Log(cfg.out, "lm", last, saved.first, quiet=rank > 0, board=True)
     for step in range(saved.first + 1, last + 1):
         rate = loop.set_rate(cfg, opt, step, last)
         opt.zero_grad()

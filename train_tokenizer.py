@@ -4,6 +4,7 @@
     python train_tokenizer.py --quantizer rvq --aggregator xattn    TASTE: one value layer + RVQ
     python train_tokenizer.py --text-only                           the baseline of both papers
     python train_tokenizer.py --resume ...                          go on after an interruption
+    torchrun --nproc-per-node 8 train_tokenizer.py --preset tasla --data FEATURES --dev ..
 
 At the end it prints how many S3 units the model predicts, beside the baselines: with the true
 history (teacher forcing) and with the history hidden, where only text and codes can tell.
@@ -84,8 +85,8 @@ TASTE: dict[str, Any] = dict(
     weight_decay=0.0, clip=1.0, seed=8747, save_every=300, eval_every=300,
     history_dropout=0.0, guide=False, ahead=4, mfu=True,
 )  # fmt: skip
-# [TASLA, appendix B; the text-only start: conf/text-only_baseline.yaml, 7 epochs]; micro: two for
-# each of four GPUs
+# [TASLA, appendix B; text-only start: 7 epochs, STAGE1_TRAIN conf/text-only_baseline.yaml];
+# micro: two for each of four GPUs
 TASLA: dict[str, Any] = TASTE | dict(
     quantizer="fsq", quantizer_weight=0.25, aggregator="mlda", layers="8,16,24,32",
     fsq_channels=64, text_steps=7, continuous_steps=0, steps=5, frames=2000, micro=8,
@@ -260,12 +261,13 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Frontend, Data | Prepare
     if cfg.data == Path():
         frontend = open_frontend(cfg.bundle).to(device)
         return frontend, load_data(cfg, frontend, "train"), load_data(cfg, frontend, "dev")
-    frontend, multiple = open_frontend(cfg.bundle), 64 if cfg.compile else 1
     stores = [Shards(folder, cfg.bundle) for folder in (cfg.data, cfg.dev)]
+    hears = any("mel" in store.names for store in stores)
+    frontend, multiple = open_frontend(cfg.bundle, hears), 64 if cfg.compile else 1
     for store in stores:
         check_layers(store, value_layers(cfg, frontend.encoder.cfg.layers))
-        if "mel" in store.names:
-            frontend = frontend.to(device)
+    if hears:  # else only its sizes and its decoder's weights are needed
+        frontend = frontend.to(device)
     train, dev = (Prepared(store, frontend, device, multiple) for store in stores)
     return frontend, train, dev
 
@@ -291,7 +293,6 @@ def train(cfg: Config) -> SpeechTokenizer:
     last = plan[-1].end if plan else 0
     loop.speed_up(cfg, model)
     layers = model.config.aggregator.value_layers
-
     mine = range(rank, cfg.micro, world)  # the micro-batches of this process
 
     def load(at: tuple[Stage, int]) -> TokenizerBatch:
@@ -307,7 +308,7 @@ def train(cfg: Config) -> SpeechTokenizer:
     micro = ((s, (i - 1) * cfg.micro + k + 1) for s, steps in order for i in steps for k in mine)
     stream = loop.read_ahead(load, micro, cfg.ahead, cfg.threads)
     meter = loop.Meter(world, device)
-    log = Log(cfg.out, "tokenizer", last, saved.first, quiet=rank > 0)
+    log = Log(cfg.out, "tokenizer", last, saved.first, quiet=rank > 0, board=True)
     for stage, steps in order:
         choose_trained(model, stage)
         net = loop.parallel(model, world, device)

@@ -90,6 +90,7 @@ def test_optimizers() -> None:
         (dict(data=Path("x")), 1, "--data and --dev belong together"),
         (dict(frames=100), 1, "--frames and --ahead are for prepared features"),
         (dict(keep=0), 1, "--keep 0"),
+        (dict(schedule="root", warmup=0), 1, "--warmup 0"),
     ],
 )
 def test_recipes_that_cannot_be(flags: dict, world: int, message: str) -> None:
