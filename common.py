@@ -191,8 +191,9 @@ class Log:
         print(f"{self.name} {step}/{self.steps} | {text} | {clock(left)} left", flush=True)
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **plain, "seconds": round(spent, 2)}) + "\n")
-        for key, value in plain.items() if self.board else ():
-            self.board.add_scalar(key, value, step)
+        if self.board is not None:
+            for key, value in plain.items():
+                self.board.add_scalar(key, value, step)
 
 
 def open_board(run: Path) -> Any:

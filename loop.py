@@ -16,7 +16,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def total(values: Mapping[str, Tensor], world: int) -> dict[str, float]:
 
 def read_ahead(
     load: Callable[[In], Out], order: Iterable[In], depth: int, threads: int
-) -> Iterator[Out]:
+) -> Generator[Out, None, None]:
     """load(x) for x in order; `depth` of them in advance, by a thread. 0: when they are asked for,
     so that `load` may draw random numbers."""
     if not depth:

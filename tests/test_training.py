@@ -86,10 +86,10 @@ def test_two_processes_are_one_and_resume_exactly(
     name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
     """Also after process 1 was killed, which ends process 0 with a message."""
-    flags = (*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle)
-    flags = (*flags, "--micro", 2, "--log-every", 1)
+    flags: list[object] = [*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle]
+    flags += ["--micro", 2, "--log-every", 1]
     if name == "train_lm":
-        flags = (*flags, "--tokenizer", tiny_bundle / "tokenizer")
+        flags += ["--tokenizer", tiny_bundle / "tokenizer"]
     here(name, *flags, "--out", tmp_path / "one")
     two = (*flags, "--out", tmp_path / "two")
     done = script(small_corpus, f"{name}.py", *two, when="step 5 of process 1", processes=2)
@@ -138,8 +138,8 @@ def test_training_on_prepared_features(
               for x in ("train", "dev")]  # fmt: skip
     data = ("--data", states[0], "--dev", states[1], "--bundle", tiny_bundle, "--log-every", 1)
     steps = ("--threads", 1, "--device", "cpu", "--warmup", 1, "--micro", 2, "--save-every", 1)
-    flags = (*data, *steps, "--text-steps", 1, "--continuous-steps", 1, "--steps", 2)
-    flags = (*flags, "--frames", 1500, "--ahead", 2, "--eval-every", 1, "--recompute", "--mfu")
+    flags = [*data, *steps, "--text-steps", 1, "--continuous-steps", 1, "--steps", 2]
+    flags += ["--frames", 1500, "--ahead", 2, "--eval-every", 1, "--recompute", "--mfu"]
     out = tmp_path / "tok"
     here("train_tokenizer", *flags, "--out", out)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -152,8 +152,8 @@ def test_training_on_prepared_features(
     assert (out / "model.safetensors").read_bytes() == first
     codes = [features(f"codes_{x}", "--corpus", "features", "--data", folder, "--tokenizer", out)
              for x, folder in zip(("train", "dev"), states, strict=True)]  # fmt: skip
-    lm = ("--data", codes[0], "--dev", codes[1], "--bundle", tiny_bundle, *steps)
-    lm = (*lm, "--steps", 2, "--pairs", 0, "--batch", 4, "--ahead", 2, "--out", tmp_path / "lm")
+    lm = ["--data", codes[0], "--dev", codes[1], "--bundle", tiny_bundle, *steps]
+    lm += ["--steps", 2, "--pairs", 0, "--batch", 4, "--ahead", 2, "--out", tmp_path / "lm"]
     assert "made by other models" in refused(
         "train_lm", *lm, "--tokenizer", tiny_bundle / "tokenizer", "--out", tmp_path / "no"
     )
