@@ -1,4 +1,6 @@
-"""The presets at their full size, with random weights: features, three steps, codes, three more.
+"""The presets on public folders with random weights: features, three steps, codes, three more.
+
+At a toy size; slow: at their full size.
 
     SPEECH=LibriSpeech/ python -m pytest -m slow tests/test_full_training.py -s
 
@@ -20,10 +22,10 @@ from safetensors.torch import save_file
 from test_full_size import LLAMA, WHISPER, save_tokenizer
 
 from s3_units import S3Config, S3Units
+from speaker import TINY as SPEAKER
 from speaker import CAMPlus, CAMPlusConfig
 from weights import save_model
 
-pytestmark = pytest.mark.slow
 SIZES = {  # whisper and LM, as their config.json says it
     "full": (dict(d_model=1280, encoder_layers=32, decoder_layers=2, encoder_attention_heads=20,
                   decoder_attention_heads=20, encoder_ffn_dim=5120, decoder_ffn_dim=5120,
@@ -35,6 +37,11 @@ SIZES = {  # whisper and LM, as their config.json says it
                    num_mel_bins=80, vocab_size=51865),
               dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
                    num_key_value_heads=3, intermediate_size=1536, vocab_size=49152)),
+    "toy": (dict(d_model=64, encoder_layers=4, decoder_layers=3, encoder_attention_heads=1,
+                 decoder_attention_heads=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+                 num_mel_bins=80, vocab_size=51866),
+            dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+                 num_key_value_heads=1, intermediate_size=64, vocab_size=512)),
 }  # fmt: skip
 
 
@@ -58,8 +65,11 @@ def bundle(folder: Path, size: str) -> Path:
         save_tokenizer(folder / name, special if max(special) < config.vocab_size else {})
         save_file(state, folder / name / "model.safetensors")
         (folder / name / "config.json").write_text(json.dumps(config.to_dict()))
-    save_model(folder / "s3", S3Units(S3Config()), S3Config(), torch.float16)
-    save_model(folder / "speaker", CAMPlus(CAMPlusConfig()), CAMPlusConfig(), torch.float16)
+    toy = size == "toy"
+    s3 = S3Config(width=64, heads=1, layers=1, ffn=64, codes=512) if toy else S3Config()
+    voice = SPEAKER if toy else CAMPlusConfig()
+    save_model(folder / "s3", S3Units(s3), s3, torch.float16)
+    save_model(folder / "speaker", CAMPlus(voice), voice, torch.float16)
     return folder
 
 
@@ -91,17 +101,28 @@ def done(script: str, *argv: object) -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize(("preset", "size"), [("small", "small"), ("tasla", "full"),
-                                              ("taste", "full")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        ("tasla", "toy"),
+        pytest.param("small", "small", marks=pytest.mark.slow),
+        pytest.param("tasla", "full", marks=pytest.mark.slow),
+        pytest.param("taste", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_preset(preset: str, size: str, tmp_path: Path) -> None:
+    toy = size == "toy"
     models, features, codes = bundle(tmp_path / "bundle", size), tmp_path / "f", tmp_path / "c"
     common = ["--preset", preset, "--bundle", models, "--device", "cpu"]
-    done("prepare.py", *common, "--corpus", "librispeech", "--data",
-         librispeech(tmp_path / "speech"), "--out", features)  # fmt: skip
+    layers = ["--layers", "1,2,4"] if toy else []
+    spoken = librispeech(tmp_path / "speech")
+    done("prepare.py", *common, "--corpus", "librispeech", "--data", spoken, *layers, "--out",
+         features)  # fmt: skip
     here = [*common, "--data", features, "--dev", features, "--threads", 1, "--no-epochs",
             "--no-mfu", "--log-every", 1, "--eval-every", 0, "--steps", 3]  # fmt: skip
-    out = done("train_tokenizer.py", *here, "--text-steps", 0, "--continuous-steps", 0, "--micro",
-               1, "--batch", 2, "--keep", 1, "--out", tmp_path / "t")  # fmt: skip
+    sizes = [*layers, "--size", "tiny"] if toy else []
+    out = done("train_tokenizer.py", *here, *sizes, "--text-steps", 0, "--continuous-steps", 0,
+               "--micro", 1, "--batch", 2, "--keep", 1, "--out", tmp_path / "t")  # fmt: skip
     assert "3/3 | loss" in out
     done("prepare.py", *common, "--corpus", "features", "--data", features, "--tokenizer",
          tmp_path / "t", "--out", codes)  # fmt: skip
