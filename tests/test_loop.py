@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,9 +161,15 @@ def test_recomputation_gives_the_same_gradients() -> None:
     assert plain.state_dict().keys() == again.state_dict().keys()
 
 
-@pytest.mark.slow
-def test_compiled_blocks_agree_and_share_their_graphs() -> None:
-    """One graph for the forward of each kind of block and shape rule, whatever the lengths."""
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # the first only traces, which is what decides how many graphs there are
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's tracer
+def test_compiled_blocks_agree_and_share_their_graphs(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few graphs, whatever the lengths: blocks of a kind share theirs."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.manual_seed(0)
     model = UnitDecoder(replace(TINY, text_blocks=2, lm_blocks=3, dropout=0.0))
     batches = []
