@@ -57,7 +57,10 @@ def read_with_rate(path: str | Path) -> tuple[Tensor, int]:
     try:  # from memory: by name, libsndfile would take a .raw file for headerless samples
         data, rate = soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise ValueError(f"{path}: not audio that can be read: wav, flac, ogg or mp3 ({e})") from e
+        why = getattr(e, "error_string", e)  # without the address of an object, as in str(e)
+        raise ValueError(
+            f"{path}: not audio that can be read: wav, flac, ogg or mp3 ({why})"
+        ) from e
     if len(data) == 0:
         raise ValueError(f"{path}: holds no samples")
     if not np.isfinite(data).all():

@@ -3,13 +3,17 @@
 One dataclass is the whole configuration of a script: its fields are the flags, presets are dicts.
 """
 
+import importlib.util
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,6 +23,8 @@ import torch.distributed as dist
 
 Config = TypeVar("Config")
 Thing = TypeVar("Thing")
+LOST = re.compile(r"(?i)connection (was )?(closed|reset|refused)|remote process exited|NCCL error")
+GO_ON = "if another one ended by itself, its message says why; go on with --resume"
 Presets = Mapping[str, Mapping[str, Any]]
 
 
@@ -74,6 +80,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as e:
+        if not (dist.is_initialized() and LOST.search(str(e))):
+            raise
+        print(f"error: lost a process of this run: {GO_ON}", file=sys.stderr)
+        sys.exit(2)
 
 
 def positive(cfg: Any, *names: str) -> None:
@@ -95,17 +106,38 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def setup(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Return (rank, world, device); under torchrun also join the process group, see finish()."""
+def place(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Which of torchrun's processes this is: (rank, world, device), each with a GPU of its own."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, pick_device(device)
-    cuda = torch.cuda.is_available() and device != "cpu"
-    chosen = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
-    if cuda:
+    chosen = pick_device(device)
+    if world > 1 and chosen.type == "cuda":
+        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, chosen
+
+
+def setup(device: str = "auto") -> tuple[int, int, torch.device]:
+    """As place; under torchrun also join the process group, see finish()."""
+    rank, world, chosen = place(device)
+    if world > 1:
+        signal.signal(signal.SIGTERM, stopped)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return rank, world, chosen
+
+
+def stopped(signum: int, frame: object) -> NoReturn:
+    """torchrun ends all processes as soon as one of them has ended."""
+    raise OSError(f"stopped ({signal.Signals(signum).name}): {GO_ON}")
+
+
+@contextmanager
+def one_by_one(rank: int) -> Iterator[None]:
+    """Process 0 first, then all the others: it writes the files that they would write, too."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
 
 
 def finish() -> None:
@@ -132,13 +164,26 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.03)
 class Log:
     """One line per logged step on the screen, with the time left, and the same in run/log.jsonl."""
 
-    def __init__(self, run: Path, name: str, steps: int, first: int = 0) -> None:
-        self.run, self.name, self.steps, self.first = run, name, steps, first
+    def __init__(
+        self,
+        run: Path,
+        name: str,
+        steps: int,
+        first: int = 0,
+        quiet: bool = False,
+        board: bool = False,
+    ) -> None:
+        """first: the step that was done already. quiet: a process that does not write. board: for
+        TensorBoard, too, if it is installed."""
+        self.run, self.name, self.steps, self.first, self.quiet = run, name, steps, first, quiet
+        self.board = open_board(run) if board and not quiet else None
         self.start = time.monotonic()
         run.mkdir(parents=True, exist_ok=True)
 
     def row(self, step: int, **values: float | torch.Tensor) -> None:
         """Tensors are read here, and only here: reading one waits for the GPU."""
+        if self.quiet:
+            return
         plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         spent = time.monotonic() - self.start
         left = spent / max(1, step - self.first) * (self.steps - step)
@@ -146,6 +191,18 @@ class Log:
         print(f"{self.name} {step}/{self.steps} | {text} | {clock(left)} left", flush=True)
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **plain, "seconds": round(spent, 2)}) + "\n")
+        if self.board is not None:
+            for key, value in plain.items():
+                self.board.add_scalar(key, value, step)
+
+
+def open_board(run: Path) -> Any:
+    """What writes event files into `run`, or None without TensorBoard."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run))
 
 
 def progress(what: str, things: Sequence[Thing]) -> Iterator[Thing]:

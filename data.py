@@ -31,6 +31,7 @@ from tokenizer import Frontend, SpeechTokenizer, TokenizerBatch, UnitFrontend
 UNK, BOS, EOS = 0, 1, 2  # of the tiny SentencePiece tokenizers
 UNIT_S = 0.04  # seconds per encoder frame and unit of the tiny system
 CACHE = Path(__file__).parent / ".cache"
+Lengths = Sequence[int] | Tensor
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")
 
 
@@ -73,13 +74,16 @@ def from_file(key: str, text: str, speaker: str, path: Path) -> Item:
     return Item(key, text, speaker, lambda: audio.read_with_rate(path))
 
 
-def librispeech(root: Path) -> list[Item]:
-    """root/**/SPEAKER-CHAPTER.trans.txt with lines `KEY TEXT`, and KEY.flac beside each."""
+def librispeech(root: Path, strict: bool = True) -> list[Item]:
+    """root/**/SPEAKER-CHAPTER.trans.txt with lines `KEY TEXT`, and KEY.flac beside each.
+
+    strict: a missing file is an error; else it is one when it is read."""
     items = []
     for transcript in sorted(Path(root).rglob("*.trans.txt")):
         for line in filter(str.strip, transcript.read_text().splitlines()):
             key, _, text = line.partition(" ")
-            found = [p for s in AUDIO_SUFFIXES if (p := transcript.parent / (key + s)).is_file()]
+            files = [transcript.parent / (key + suffix) for suffix in AUDIO_SUFFIXES]
+            found = [file for file in files if file.is_file()] or ([] if strict else files[:1])
             if not found:
                 raise FileNotFoundError(
                     f"{transcript}: names {key}, but no {key}.flac lies beside it"
@@ -90,9 +94,21 @@ def librispeech(root: Path) -> list[Item]:
     return items
 
 
-def manifest(path: Path) -> list[Item]:
+def libritts(root: Path) -> list[Item]:
+    """root/**/KEY.normalized.txt, and KEY.wav beside each; the speaker is KEY's first part."""
+    items = []
+    for path in sorted(Path(root).rglob("*.normalized.txt")):
+        key = path.name.removesuffix(".normalized.txt")
+        said = path.read_text().strip()
+        items.append(from_file(key, said, key.split("_")[0], path.with_name(f"{key}.wav")))
+    if not items:
+        raise FileNotFoundError(f"{root}: no *.normalized.txt below it; wanted a LibriTTS folder")
+    return items
+
+
+def manifest(path: Path, strict: bool = True) -> list[Item]:
     """A .tsv with a header, or a .jsonl: columns audio (path, relative to the file), text, and
-    optionally speaker and key."""
+    optionally speaker and key. strict: see librispeech."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
@@ -109,7 +125,7 @@ def manifest(path: Path) -> list[Item]:
         if not all(row.get(name) and isinstance(row[name], str) for name in ("audio", "text")):
             raise ValueError(f"{path}: entry {i} has {sorted(row)}; wanted audio and text")
         file = path.parent / row["audio"]
-        if not file.is_file():
+        if strict and not file.is_file():
             raise FileNotFoundError(f"{path}: entry {i} names {file}, which does not exist")
         key = row.get("key", file.stem)
         items.append(from_file(key, row["text"].strip(), row.get("speaker", "unknown"), file))
@@ -190,10 +206,10 @@ class Batches:
 
     Each epoch sorts by length with some noise, cuts batches of similar length and shuffles them."""
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int, world: int = 1) -> None:
-        if not lengths or size < 1:
+    def __init__(self, lengths: Lengths, size: int, seed: int) -> None:
+        if not len(lengths) or size < 1:
             raise ValueError(f"{len(lengths)} utterances in batches of {size}: nothing to train on")
-        self.lengths = torch.tensor(lengths, dtype=torch.float)
+        self.lengths = torch.as_tensor(lengths, dtype=torch.float)
         self.size, self.seed = min(size, len(lengths)), seed
         self.per_epoch = -(-len(lengths) // self.size)
         self.epoch, self.order = -1, torch.empty(0)
@@ -210,10 +226,59 @@ class Batches:
         return self.sorted[first : first + self.size].tolist()
 
 
-def pad(tensors: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
-    """n tensors (n_i, ...) -> (B, longest, ...) filled up with `value`, lengths (B,) int64."""
+class FrameBatches:
+    """As Batches, but a batch is full when its frames are, padding included [TASLA, app. B].
+
+    Lengths are rounded up to edges that grow by a tenth, and a batch holds lengths of one edge
+    only: little padding, and as many shapes as there are edges, for compiled code. What alone is
+    longer than `frames` is a batch of its own."""
+
+    def __init__(self, lengths: Lengths, frames: int, seed: int) -> None:
+        if not len(lengths) or frames < 1:
+            raise ValueError(
+                f"{len(lengths)} utterances in batches of {frames} frames: nothing to train on"
+            )
+        edges = [1.0]
+        while edges[-1] < max(lengths):
+            edges.append(max(edges[-1] + 1, edges[-1] * 1.1) // 1)
+        bucket = torch.bucketize(torch.as_tensor(lengths), torch.tensor(edges))
+        self.buckets = [
+            (found, max(1, int(frames // edge)))
+            for b, edge in enumerate(edges)
+            if len(found := (bucket == b).nonzero().flatten().int())
+        ]
+        sizes = [(len(found), size) for found, size in self.buckets]
+        starts = [torch.arange(0, n, size) for n, size in sizes]
+        ends = [(start + size).clamp(max=n) for start, (n, size) in zip(starts, sizes, strict=True)]
+        before = torch.tensor([0] + [n for n, _ in sizes]).cumsum(0).tolist()
+        self.starts = torch.cat([x + first for x, first in zip(starts, before, strict=False)])
+        self.ends = torch.cat([x + first for x, first in zip(ends, before, strict=False)])
+        self.per_epoch, self.seed = len(self.starts), seed
+        self.epoch, self.items, self.order = -1, torch.empty(0), torch.empty(0)
+
+    def __call__(self, step: int) -> list[int]:
+        epoch, index = divmod(step - 1, self.per_epoch)
+        if epoch != self.epoch:
+            rng = torch.Generator().manual_seed(self.seed * 1000003 + epoch)
+            self.items = torch.cat(
+                [found[torch.randperm(len(found), generator=rng)] for found, _ in self.buckets]
+            )
+            self.order = torch.randperm(self.per_epoch, generator=rng)
+            self.epoch = epoch
+        at = self.order[index]
+        return self.items[self.starts[at] : self.ends[at]].tolist()
+
+
+def pad(tensors: Sequence[Tensor], value: float = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """n tensors (n_i, ...) -> (B, longest, ...) filled up with `value`, lengths (B,) int64.
+
+    The longest axis is rounded up to a multiple of `multiple`."""
     lengths = torch.tensor([len(t) for t in tensors])
-    return torch.nn.utils.rnn.pad_sequence(list(tensors), True, value), lengths
+    x = torch.nn.utils.rnn.pad_sequence(list(tensors), True, value)
+    more = -x.shape[1] % multiple
+    return (
+        x if not more else torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), value)], 1)
+    ), lengths
 
 
 def unit_features(items: Sequence[Item], frontend: UnitFrontend, tag: str, what: str) -> Ragged:
@@ -281,22 +346,36 @@ def word_prosody(utterance: synth.Utterance) -> Tensor:
     return torch.stack([rate / 0.33, pitch / 0.22, torch.tensor(utterance.volumes_db) / 3.9], 1)
 
 
-@torch.no_grad()
 def unit_hits(
     model: SpeechTokenizer, items: Sequence[Item], store: Ragged, frontend: Frontend,
     text_only: bool, size: int = 50,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """As all_hits, of utterances of the built-in corpus."""
+    device = next(model.parameters()).device
+
+    def batch(indices: Sequence[int], layers: tuple[int, ...] | None) -> TokenizerBatch:
+        return tokenizer_batch(items, store, indices, frontend, layers, device)
+
+    units = [store.get("units", i) for i in range(len(items))]
+    return all_hits(model, range(len(items)), batch, units, text_only, size)
+
+
+@torch.no_grad()
+def all_hits(
+    model: SpeechTokenizer, indices: Sequence[int],
+    make: Callable[[Sequence[int], tuple[int, ...] | None], TokenizerBatch],
+    units: Sequence[Tensor], text_only: bool, size: int = 50,
+) -> dict[str, Tensor]:  # fmt: skip
     """Units that are predicted right, (n,) one number per item: teacher-forced (accuracy), with
-    all history hidden (masked_accuracy), always the majority unit, and repeat the unit before,
-    which need no model; `total` units, and the sum of the teacher-forced loss (ce) in nats."""
-    training, device = model.training, next(model.parameters()).device
+    all history hidden (masked_accuracy), always the majority unit of `units`, and repeat the unit
+    before, which need no model; `total` units, and the sum of the teacher-forced loss (ce) in
+    nats. make: indices, value layers -> the batch."""
+    training, layers = model.training, model.config.aggregator.value_layers
     model.eval()
-    majority = torch.cat([store.get("units", i) for i in range(len(items))]).mode().values
+    majority = torch.cat(list(units)).mode().values
     found: dict[str, list[Tensor]] = {}
-    for first in range(0, len(items), size):
-        indices = range(first, min(first + size, len(items)))
-        layers = None if text_only else model.config.aggregator.value_layers
-        batch = tokenizer_batch(items, store, indices, frontend, layers, device)
+    for first in range(0, len(indices), size):
+        batch = make(indices[first : first + size], None if text_only else layers)
         real = batch.units >= 0  # (B, U)
         out = [model(batch, text_only, keep).units for keep in (None, torch.zeros_like(real))]
         hits = [(o.correct[:, : real.shape[1]] & real).sum(1) for o in out]

@@ -51,6 +51,7 @@ def hear(pipeline: Pipeline, wav: Tensor, words: list[str]) -> Heard:
     last, taps, frame_keep = pipeline.frontend.hear(mel, keep, layers)
     ids, word_ids = pipeline.ids([words])
     _, _, maps = pipeline.tokenizer.words(ids, word_ids, last, taps, frame_keep)
+    assert maps is not None  # need_maps is given
     tokens = maps.frames[0, -1].mean(0)  # (N, T)
     member = members(word_ids, len(words))[0].to(tokens.dtype)  # (W, N)
     attention = member @ tokens / member.sum(1, keepdim=True)  # (W, T)

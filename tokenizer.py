@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,30 +115,35 @@ class SpeechTokenizer(nn.Module):
         last: Tensor,
         taps: Mapping[int, Tensor],
         keep: Tensor | None,
-    ) -> tuple[Tensor, Tensor, agg.Maps]:
-        """-> z (B, W, C) one vector per word, its keep (B, W), maps of where each token looked."""
-        z, maps = self.aggregator(ids, word_ids, last, taps, keep, need_weights=True)
+        need_maps: bool = True,
+    ) -> tuple[Tensor, Tensor, agg.Maps | None]:
+        """-> z (B, W, C) one vector per word, its keep (B, W), maps of where each token looked, for
+        which fused attention has to be given up."""
+        found = self.aggregator(ids, word_ids, last, taps, keep, need_weights=need_maps)
+        z, maps = found if need_maps else (found, None)
         return *agg.word_vectors(z, word_ids), maps
 
     def forward(
-        self, batch: TokenizerBatch, text_only: bool = False, history_keep: Tensor | None = None
-    ) -> TokenizerOutput:
+        self, batch: TokenizerBatch, text_only: bool = False, history_keep: Tensor | None = None,
+        continuous: bool = False,
+    ) -> TokenizerOutput:  # fmt: skip
         """One training step's losses; text_only leaves the audio branch out (the baseline of the
-        papers, and the start of training). history_keep: see UnitDecoder.forward."""
+        papers, and the start of training), continuous only the quantizer (TASTE's second stage).
+        history_keep: see UnitDecoder.forward."""
         codes = maps = audio = None
         recon = guide = prosody = batch.voice.new_zeros(())
+        need_maps = batch.spans is not None or not self.training
         if not text_only:
-            z, word_keep, maps = self.words(
-                batch.ids, batch.word_ids, batch.last, batch.taps, batch.keep
-            )
-            if self.quantizer is not None:
+            heard = batch.last, batch.taps, batch.keep
+            z, word_keep, maps = self.words(batch.ids, batch.word_ids, *heard, need_maps)
+            if self.quantizer is not None and not continuous:
                 z, codes, recon = self.quantizer(z, word_keep)
             if self.prosody is not None and batch.prosody is not None:
                 off = self.prosody(z).float() - batch.prosody  # (B, W, 3)
                 prosody = off.square()[word_keep].mean()
             audio = agg.spread(z, batch.word_ids)  # (B, N, C)
         units = self.unit_decoder(
-            batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep
+            batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep, need_maps
         )
         if batch.spans is not None:
             guide = self.guide(batch.spans, batch.word_ids >= 0, maps, units)
@@ -253,25 +258,38 @@ class UnitFrontend(nn.Module):
         return {"mel": mel.T, "units": units, "voice": self.speaker((bank - bank.mean(0))[None])}
 
 
-class Frontend(UnitFrontend):
-    """All frozen models that the tokenizer stands on: also speech recognition, whose encoder feeds
-    the aggregator and whose decoder it starts from."""
+class Recognizer(NamedTuple):
+    """Speech recognition: the encoder feeds the aggregator, the decoder is where it starts."""
 
-    def __init__(self, bundle: Path) -> None:
+    encoder: whisper_enc.WhisperEncoder
+    decoder: whisper_dec.WhisperDecoder
+    tokens: text.Tokenizer
+    prefix: tuple[int, ...]  # text ids in front of every transcript
+    eos: int
+    window: int = 0  # mel frames to which everything is padded; 0: nothing is, masks hide padding
+
+
+def read_recognizer(folder: Path) -> Recognizer:
+    """The folder `asr` of a bundle that train_tiny.py made."""
+    asr = read_config(folder)
+    if missing := {"encoder", "decoder", "prefix_ids", "eos"} - asr.keys():
+        raise ValueError(f"{folder}/config.json: lacks {sorted(missing)}")
+    encoder = whisper_enc.WhisperEncoder(as_config(whisper_enc.EncoderConfig, asr["encoder"]))
+    decoder = whisper_dec.WhisperDecoder(as_config(whisper_dec.DecoderConfig, asr["decoder"]))
+    pair = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    load_strict(pair, read_tensors(folder), str(folder))
+    tokens = text.load_tokenizer(folder / "tokenizer.model")
+    return Recognizer(encoder, decoder, tokens, tuple(asr["prefix_ids"]), int(asr["eos"]))
+
+
+class Frontend(UnitFrontend):
+    """All frozen models that the tokenizer stands on: also speech recognition."""
+
+    def __init__(self, bundle: Path, asr: Recognizer | None = None) -> None:
+        """asr: a public recognizer, see shards.open_frontend; None: the one of the bundle."""
         super().__init__(bundle)
-        asr = read_config(bundle / "asr")
-        if missing := {"encoder", "decoder", "prefix_ids", "eos"} - asr.keys():
-            raise ValueError(f"{bundle}/asr/config.json: lacks {sorted(missing)}")
-        self.encoder = whisper_enc.WhisperEncoder(
-            as_config(whisper_enc.EncoderConfig, asr["encoder"])
-        )
-        self.decoder = whisper_dec.WhisperDecoder(
-            as_config(whisper_dec.DecoderConfig, asr["decoder"])
-        )
-        pair = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
-        load_strict(pair, read_tensors(bundle / "asr"), str(bundle / "asr"))
-        self.prefix, self.eos = tuple(asr["prefix_ids"]), int(asr["eos"])
-        self.tokens = text.load_tokenizer(bundle / "asr" / "tokenizer.model")
+        asr = asr or read_recognizer(bundle / "asr")
+        self.encoder, self.decoder, self.tokens, self.prefix, self.eos, self.window = asr
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -279,8 +297,15 @@ class Frontend(UnitFrontend):
         self, mel: Tensor, mel_keep: Tensor, layers: tuple[int, ...]
     ) -> tuple[Tensor, dict[int, Tensor], Tensor]:
         """mel (B, M, F), mel_keep (B, F) -> last (B, T, C), taps, keep (B, T)."""
-        last, taps = self.encoder(mel, mel_keep, taps=layers)
-        return last, taps, mel_keep[:, :: self.encoder.cfg.stride]
+        keep = mel_keep[:, :: self.encoder.cfg.stride]
+        if not self.window:
+            return *self.encoder(mel, mel_keep, taps=layers), keep
+        silence = mel.amax((1, 2), True) - audio.WHISPER_RANGE / 4  # the floor of the log-mel
+        mel = torch.where(mel_keep[:, None], mel, silence)
+        mel = torch.cat([mel, silence.expand(*mel.shape[:2], self.window - mel.shape[2])], 2)
+        last, taps = self.encoder(mel, taps=layers)  # it was trained without a mask
+        T = keep.shape[1]
+        return last[:, :T], {k: tap[:, :T] for k, tap in taps.items()}, keep
 
     @torch.inference_mode()
     def transcribe(self, mel: Tensor, mel_keep: Tensor, max_new: int = 60) -> list[str]:

@@ -17,7 +17,7 @@ The tokenizer and the spoken LM on top are trained by train_tokenizer.py and tra
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 

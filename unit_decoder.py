@@ -71,7 +71,7 @@ class UnitDecoderOutput:
     logits: Tensor  # (B, 1+U, units+1) fp32; the last class is EOS
     target: Tensor  # (B, 1+U) int64, IGNORE where nothing is to be predicted
     loss: Tensor  # mean cross-entropy in nats over the rows that have a target, EOS included
-    maps: list[Tensor]  # of each block of the LM: attention of the rows to the text, (B, H, 1+U, N)
+    maps: list[Tensor]  # if asked for, of each block: attention of rows to text, (B, H, 1+U, N)
 
     @property
     def correct(self) -> Tensor:
@@ -226,7 +226,7 @@ class UnitDecoder(nn.Module):
 
     def forward(
         self, text_ids: Tensor, text_keep: Tensor | None, audio: Tensor | None, speaker: Tensor,
-        units: Tensor, history_keep: Tensor | None = None,
+        units: Tensor, history_keep: Tensor | None = None, need_maps: bool = True,
     ) -> UnitDecoderOutput:  # fmt: skip
         """Teacher forcing: the prompt as in `prompt`, units (B, U) int64, padded right with -1.
 
@@ -239,12 +239,14 @@ class UnitDecoder(nn.Module):
         history = self.unit_embed(units.clamp(min=0))  # (B, U, C)
         if history_keep is not None:
             history = history.masked_fill(~history_keep[..., None], 0.0)
-        x, maps = torch.cat([prompt, history], 1), list[Tensor]()
+        x, maps = torch.cat([prompt, history], 1), list[Tensor]() if need_maps else None
         x = self.lm(x, F.pad(keep, (0, units.shape[1]), value=True), maps=maps)
         logits = self.head(x[:, prompt.shape[1] - 1 :]).float()  # (B, 1+U, units+1)
         target = F.pad(units, (0, 1), value=IGNORE)  # (B, 1+U)
         target.scatter_(1, (units != IGNORE).sum(1, keepdim=True), self.config.units)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
+        if maps is None:
+            return UnitDecoderOutput(logits, target, loss, [])
         N, rows = text_ids.shape[1], slice(prompt.shape[1] - 1, None)
         at = 2 + (torch.arange(N, device=keep.device) - keep.sum(1, keepdim=True) + 3) % N  # (B, N)
         at = at[:, None, None].expand(-1, self.config.heads, logits.shape[1], -1)

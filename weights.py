@@ -211,7 +211,7 @@ def load_model(model: Model, folder: Path) -> Model:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file completely or not at all."""
-    partial = path.with_name(f".partial.{path.name}")
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
     partial.write_bytes(data)
     os.replace(partial, path)
 
@@ -226,20 +226,30 @@ def save_checkpoint(
     final = run / f"step_{meta['step']:06d}"
     partial = run / f".partial_{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, part in state.items():
-        if isinstance(part, nn.Module):
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in part.state_dict().items()},
-                partial / f"{name}.safetensors",
-            )
-        else:
-            torch.save(part.state_dict(), partial / f"{name}.pt")
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)  # a rename is atomic: a killed run leaves no half checkpoint
+    try:
+        partial.mkdir(parents=True)
+        for name, part in state.items():
+            write_part(partial, name, part)
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2, default=str) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)  # a rename is atomic: a killed run leaves no half checkpoint
+    except (OSError, SafetensorError, RuntimeError) as e:  # what a full disk looks like
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{final}: cannot be written ({reason(e)}); the checkpoints before it are whole: make"
+            " room and go on with --resume"
+        ) from e
     for old in steps_of(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def write_part(folder: Path, name: str, part: Any) -> None:
+    """A module as folder/name.safetensors, anything else as folder/name.pt."""
+    if not isinstance(part, nn.Module):
+        torch.save(part.state_dict(), folder / f"{name}.pt")
+        return
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in part.state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors")
 
 
 def steps_of(run: Path) -> list[Path]:

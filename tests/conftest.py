@@ -123,7 +123,7 @@ def die(now):
     if now:
         os.kill(os.getpid(), signal.SIGKILL)
 def killed_in_step(seed, step, *world):
-    die(when == f"step {step}")
+    die(when in (f"step {step}", f"step {step} of process {os.environ.get('RANK')}"))
     seed_step(seed, step, *world)
 def killed_in_save(old, new):
     die(when == f"save {Path(new).name}")
@@ -150,10 +150,13 @@ def small_corpus(corpus_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def script(
-    cache: Path, name: str, *argv: object, when: str = ""
+    cache: Path, name: str, *argv: object, when: str = "", processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own with the small corpus. when: "step 5" or "save step_000004"
-    is the place at which SIGKILL ends it; or "no espeak"."""
+    """A script in processes of its own with the small corpus. when: "step 5", "step 5 of process 1"
+    or "save step_000004" is the place at which SIGKILL ends it; or "no espeak"."""
     code = WRAPPER.replace("{SIZES}", repr(SIZES))
     command = [sys.executable, "-c", code, str(cache), name, when, *map(str, argv)]
+    if processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, "-m", *torchrun, "--no-python", *command]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

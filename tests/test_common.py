@@ -1,8 +1,10 @@
 """common.py: the command line, exit codes, seeds, schedule, log; every message."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +165,53 @@ def test_log_writes_a_line_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("asr 50/100 | loss 0.5 | lr 0.001 | ")
     assert shown[1] == "asr 100/100 | dev_wer 0.25 | 0:00 left"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tensorboard_if_it_is_there(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here with a stand-in for torch's writer."""
+    written = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, *row: object) -> None:
+            written.append((self.folder, *row))
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    stand_in = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    common.Log(tmp_path, "lm", 10, board=True).row(3, loss=torch.tensor(0.5), lr=0.1)
+    common.Log(tmp_path, "lm", 10, board=True, quiet=True).row(4, loss=1.0)
+    common.Log(tmp_path, "lm", 10).row(5, loss=1.0)
+    expected = [(str(tmp_path), "loss", 0.5, 3), (str(tmp_path), "lr", 0.1, 3)]
+    assert written == (expected if installed else [])
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # not the quiet one
+
+
+def test_a_process_that_is_stopped_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("common.dist.is_initialized", lambda: True)
+
+    def lost() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7")
+
+    def ours() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    for main in (lost, lambda: common.stopped(15, None)):
+        with pytest.raises(SystemExit) as e:
+            common.run(main)
+        assert e.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert line.endswith("go on with --resume")
+    with pytest.raises(RuntimeError, match="mat1"):
+        common.run(ours)
 
 
 def test_time_left_counts_from_the_resumed_step(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data
 import synth
-from data import Batches, Item, Ragged, keep_mask, pad, prepare
+from data import Batches, FrameBatches, Item, Ragged, keep_mask, pad, prepare
 
 
 def item(key: str, utterance: synth.Utterance | None = None) -> Item:
@@ -74,6 +74,55 @@ def test_nothing_to_train_on(lengths: list[int], size: int) -> None:
     message = f"{len(lengths)} utterances in batches of {size}: nothing to train on"
     with pytest.raises(ValueError, match=message):
         Batches(lengths, size, seed=0)
+
+
+# --- batches by frames ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "frames"), [(1, 400), (300, 2000), (300, 50)])
+def test_every_item_once_per_epoch_within_the_budget(n: int, frames: int) -> None:
+    lengths = torch.randint(30, 700, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    batches = FrameBatches(lengths, frames, seed=1)
+    epochs = [
+        [batches(e * batches.per_epoch + i + 1) for i in range(batches.per_epoch)] for e in (0, 1)
+    ]
+    assert epochs[0] != epochs[1] or n == 1
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(n))
+        for batch in epoch:
+            longest = max(lengths[i] for i in batch)
+            assert len(batch) == 1 or len(batch) * longest <= frames
+            assert min(lengths[i] for i in batch) >= longest / 1.11 - 1  # little padding
+
+
+def test_batches_by_frames_follow_from_seed_and_step_in_any_order() -> None:
+    lengths = torch.arange(20, 220)
+    a, b = FrameBatches(lengths, 900, seed=3), FrameBatches(lengths, 900, seed=3)
+    forward = [a(step) for step in range(1, 131)]
+    assert [b(step) for step in range(130, 0, -1)] == forward[::-1]
+    assert forward[0] != FrameBatches(lengths, 900, seed=4)(1)
+    means = torch.tensor([float(lengths[row].float().mean()) for row in forward[:20]])
+    assert means.diff().sign().sum().abs() < 15  # neither rising nor falling
+
+
+def test_few_shapes() -> None:
+    lengths = torch.randint(100, 3000, (5000,))
+    batches = FrameBatches(lengths, 6000, seed=0)
+    assert len(batches.buckets) < 40
+
+
+@pytest.mark.parametrize(("lengths", "frames"), [([], 100), ([5], 0)])
+def test_no_frames_to_train_on(lengths: list[int], frames: int) -> None:
+    with pytest.raises(ValueError, match=f"in batches of {frames} frames: nothing to train on"):
+        FrameBatches(lengths, frames, seed=0)
+
+
+def test_padding_to_a_multiple() -> None:
+    x, lengths = pad([torch.ones(3, 2), torch.ones(5, 2)], -1, multiple=4)
+    assert x.shape == (2, 8, 2)
+    assert lengths.tolist() == [3, 5]
+    assert (x[1, 5:] == -1).all()
+    assert pad([torch.ones(8)], multiple=4)[0].shape == (1, 8)
 
 
 def test_pad_and_keep_mask() -> None:
@@ -315,3 +364,27 @@ def test_word_prosody_is_in_standard_deviations_of_the_corpus() -> None:
 def test_items_without_word_times_say_so() -> None:
     with pytest.raises(ValueError, match="k7: its word times are unknown; use the built-in corpus"):
         _ = item("k7").truth
+
+
+def test_libritts(tmp_path: Path) -> None:
+    folder = tmp_path / "19" / "198"
+    for key in ("19_198_000001_000000", "19_198_000002_000000"):
+        write_wav(folder / f"{key}.wav", rate=24000)
+        (folder / f"{key}.normalized.txt").write_text("It is so.\n")
+        (folder / f"{key}.original.txt").write_text("It is so\n")
+    found = data.libritts(tmp_path)
+    assert [(item.key, item.text, item.speaker) for item in found] == [
+        ("19_198_000001_000000", "It is so.", "19"), ("19_198_000002_000000", "It is so.", "19")
+    ]  # fmt: skip
+    assert found[0].wav(16000).shape == (1600,)
+    with pytest.raises(FileNotFoundError, match="wanted a LibriTTS folder"):
+        data.libritts(tmp_path / "none")
+
+
+def test_missing_audio_may_wait_until_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "1-1.trans.txt").write_text("1-1-0001 A DOG\n")
+    (tmp_path / "all.tsv").write_text("audio\ttext\nnone.wav\ta dog\n")
+    for found in (data.librispeech(tmp_path, strict=False),
+                  data.manifest(tmp_path / "all.tsv", strict=False)):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match="no such audio file"):
+            found[0].wav(16000)

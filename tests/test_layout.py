@@ -16,10 +16,10 @@ ROWS = (  # a file imports only from rows above its own
     "tokenizer vocoder spoken_lm metrics",
     "data continuation sizes onnx_file",
     "public",
-    "pipeline",
+    "pipeline shards loop",
     "released layer_report token_swap likelihood",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm sample evaluate bench",
+    "train_tiny train_tokenizer train_lm prepare sample evaluate bench",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}

@@ -1,6 +1,7 @@
 """The training scripts, six steps each on a small corpus: killed and resumed, the same bytes."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from conftest import script
 
 import audio
 import common
+import prepare
 import synth
 import train_lm
 import train_tiny
@@ -69,6 +71,100 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     here(name, *killed, "--resume")
     assert equal(tmp_path / "whole", tmp_path / "killed")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_are_one_and_resume_exactly(
+    name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
+) -> None:
+    """Also after process 1 was killed, which ends process 0 with a message."""
+    flags: list[object] = [*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle]
+    flags += ["--micro", 2, "--log-every", 1]
+    if name == "train_lm":
+        flags += ["--tokenizer", tiny_bundle / "tokenizer"]
+    here(name, *flags, "--out", tmp_path / "one")
+    two = (*flags, "--out", tmp_path / "two")
+    done = script(small_corpus, f"{name}.py", *two, when="step 5 of process 1", processes=2)
+    assert done.returncode != 0
+    assert "go on with --resume" in done.stderr
+    kept = sorted(p.name for p in (tmp_path / "two").glob("step_*"))
+    assert kept == ["step_000002", "step_000004"]
+    done = script(small_corpus, f"{name}.py", *two, "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    whole = (*flags, "--out", tmp_path / "whole")
+    done = script(small_corpus, f"{name}.py", *whole, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert equal(tmp_path / "two", tmp_path / "whole")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert (tmp_path / "whole" / "curve.png").exists()
+
+
+def test_micro_batches_that_cannot_be_shared_out(refused: Callable, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_tokenizer, "setup", lambda device: (0, 2, torch.device("cpu")))
+    assert "--micro 3: wanted a multiple of the 2" in refused("train_tokenizer", "--micro", 3)
+
+
+# --- prepared features ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(
+    tiny_bundle: Path, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """prepare.py in this process -> the folder."""
+
+    def make(name: str, *argv: object) -> Path:
+        flags = ["--bundle", tiny_bundle, "--utterances", 30, "--out", tmp_path / name, *argv]
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--device", "cpu", *map(str, flags)])
+        prepare.main()
+        return tmp_path / name
+
+    return make
+
+
+def test_training_on_prepared_features(
+    features: Callable[..., Path], tiny_bundle: Path, tmp_path: Path, refused: Callable
+) -> None:
+    """Tokenizer, its codes, the spoken LM on them; killed by losing the last checkpoint."""
+    states = [features(x, "--data", x, "--store", "states", "--per-shard", 7)
+              for x in ("train", "dev")]  # fmt: skip
+    data = ("--data", states[0], "--dev", states[1], "--bundle", tiny_bundle, "--log-every", 1)
+    steps = ("--threads", 1, "--device", "cpu", "--warmup", 1, "--micro", 2, "--save-every", 1)
+    flags = [*data, *steps, "--text-steps", 1, "--continuous-steps", 1, "--steps", 2]
+    flags += ["--frames", 1500, "--ahead", 2, "--eval-every", 1, "--recompute", "--mfu"]
+    out = tmp_path / "tok"
+    here("train_tokenizer", *flags, "--out", out)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "dev_accuracy" in row] == [1, 2, 3, 4]
+    assert {"loss", "norm", "lr", "units_s", "memory_gb", "mfu"} < rows[0].keys()
+    assert load_tokenizer(out / "best").config == load_tokenizer(out).config
+    first = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "step_000004")
+    here("train_tokenizer", *flags, "--out", out, "--resume")
+    assert (out / "model.safetensors").read_bytes() == first
+    codes = [features(f"codes_{x}", "--corpus", "features", "--data", folder, "--tokenizer", out)
+             for x, folder in zip(("train", "dev"), states, strict=True)]  # fmt: skip
+    lm = ["--data", codes[0], "--dev", codes[1], "--bundle", tiny_bundle, *steps]
+    lm += ["--steps", 2, "--pairs", 0, "--batch", 4, "--ahead", 2, "--out", tmp_path / "lm"]
+    assert "made by other models" in refused(
+        "train_lm", *lm, "--tokenizer", tiny_bundle / "tokenizer", "--out", tmp_path / "no"
+    )
+    assert "lacks ['codes'" in refused(
+        "train_lm", *lm, "--tokenizer", out, "--data", states[0], "--out", tmp_path / "no"
+    )
+    here("train_lm", *lm, "--tokenizer", out)
+    first = (tmp_path / "lm" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "lm" / "step_000002")
+    here("train_lm", *lm, "--tokenizer", out, "--resume")
+    assert (tmp_path / "lm" / "model.safetensors").read_bytes() == first
 
 
 def test_each_stage_killed_and_resumed(
