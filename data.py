@@ -311,7 +311,7 @@ def tokenizer_batch(
     rows = [text.align_words(items[i].text, frontend.tokens, frontend.tokens) for i in indices]
     spans = prosody = None
     if all(items[i].utterance is not None for i in indices):
-        prosody = pad([word_prosody(items[i].truth) for i in indices])[0].to(device)
+        prosody = pad([items[i].truth.prosody for i in indices])[0].to(device)
         spans = pad(
             [
                 word_spans(items[i].truth, row.asr_word_ids, last.shape[1])
@@ -338,12 +338,6 @@ def word_spans(utterance: synth.Utterance, word_ids: Sequence[int], frames: int)
     starts = torch.tensor(utterance.starts_s)[list(word_ids), None] - UNIT_S
     ends = torch.tensor(utterance.ends_s)[list(word_ids), None] + UNIT_S
     return (centre > starts) & (centre < ends)
-
-
-def word_prosody(utterance: synth.Utterance) -> Tensor:
-    """(W, 3) how fast, high and loud each word is said, 1 = a standard deviation of the corpus."""
-    rate, pitch = torch.tensor([utterance.rates, utterance.pitches]).log()
-    return torch.stack([rate / 0.33, pitch / 0.22, torch.tensor(utterance.volumes_db) / 3.9], 1)
 
 
 def unit_hits(

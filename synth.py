@@ -82,6 +82,13 @@ class Utterance:
                 raise ValueError(f"{name}: {len(values)} values for {len(words)} words")
             object.__setattr__(self, name, values)
 
+    @property
+    def prosody(self) -> Tensor:
+        """(W, 3) how fast, high and loud each word is said: logarithms and dB, by their standard
+        deviation in the corpus, see _item."""
+        rate, pitch = torch.tensor([self.rates, self.pitches]).log()
+        return torch.stack([rate / 0.33, pitch / 0.22, torch.tensor(self.volumes_db) / 3.9], 1)
+
 
 class Corpus:
     """Spoken utterances; the audio stays on disk until it is asked for."""

@@ -348,19 +348,6 @@ def test_word_spans_cover_each_word_and_a_frame_on_either_side() -> None:
     assert torch.equal(spans[1], spans[2])
 
 
-def test_word_prosody_is_in_standard_deviations_of_the_corpus() -> None:
-    items = synth.load(n_train=300).utterances
-    rows = torch.cat([data.word_prosody(item) for item in items])
-    assert rows.shape == (sum(len(item.text.split()) for item in items), 3)
-    torch.testing.assert_close(rows.std(0), torch.ones(3), atol=0.05, rtol=0)
-    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=0.05, rtol=0)
-    said = synth.Utterance("she sings.", rates=(1, 2), pitches=(1, 0.5), volumes_db=(0, -3))
-    rate, pitch, volume = data.word_prosody(said).T
-    assert rate[0] == pitch[0] == volume[0] == 0
-    assert rate[1] > 0 > pitch[1]
-    assert volume[1] < 0
-
-
 def test_items_without_word_times_say_so() -> None:
     with pytest.raises(ValueError, match="k7: its word times are unknown; use the built-in corpus"):
         _ = item("k7").truth

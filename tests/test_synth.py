@@ -334,3 +334,16 @@ def test_merged_words_are_an_error_not_wrong_times() -> None:
 def test_unknown_split(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="no split 'valid'; wanted"):
         corpus.split("valid")
+
+
+def test_prosody_is_in_standard_deviations_of_the_corpus() -> None:
+    items = synth.load(n_train=300).utterances
+    rows = torch.cat([item.prosody for item in items])
+    assert rows.shape == (sum(len(item.text.split()) for item in items), 3)
+    torch.testing.assert_close(rows.std(0), torch.ones(3), atol=0.05, rtol=0)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=0.05, rtol=0)
+    said = synth.Utterance("she sings.", rates=(1, 2), pitches=(1, 0.5), volumes_db=(0, -3))
+    rate, pitch, volume = said.prosody.T
+    assert rate[0] == pitch[0] == volume[0] == 0
+    assert rate[1] > 0 > pitch[1]
+    assert volume[1] < 0
