@@ -32,7 +32,7 @@ WINDOW_S = 8.0  # longest piece that is heard at once
 WORDS = 10  # longest piece that is spoken at once, as in the training corpus
 SILENCE_RMS = 1e-3  # of full scale
 PAUSE_S = 0.1  # between two pieces that are spoken one after the other
-TOP_K, TEMPERATURE = 25, 0.4  # of the units, by WER on dev; the published code draws at 1.0
+TOP_K, TEMPERATURE = 25, 0.2  # of the units, by WER on dev; the published code draws at 1.0
 SAMPLING = Sampling(0.8, 0.95, 1.0, 0.5)  # of words and codes
 
 
