@@ -358,7 +358,7 @@ def unit_hits(
 def all_hits(
     model: SpeechTokenizer, indices: Sequence[int],
     make: Callable[[Sequence[int], tuple[int, ...] | None], TokenizerBatch],
-    units: Sequence[Tensor], text_only: bool, size: int = 50,
+    units: Sequence[Tensor], text_only: bool, size: int = 50, continuous: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Units that are predicted right, (n,) one number per item: teacher-forced (accuracy), with
     all history hidden (masked_accuracy), always the majority unit of `units`, and repeat the unit
@@ -371,7 +371,8 @@ def all_hits(
     for first in range(0, len(indices), size):
         batch = make(indices[first : first + size], None if text_only else layers)
         real = batch.units >= 0  # (B, U)
-        out = [model(batch, text_only, keep).units for keep in (None, torch.zeros_like(real))]
+        keeps = None, torch.zeros_like(real)
+        out = [model(batch, text_only, keep, continuous).units for keep in keeps]
         hits = [(o.correct[:, : real.shape[1]] & real).sum(1) for o in out]
         repeat = ((batch.units[:, 1:] == batch.units[:, :-1]) & real[:, 1:]).sum(1)
         odds = out[0].logits[:, :-1].log_softmax(-1).gather(2, batch.units.clamp(min=0)[..., None])

@@ -33,7 +33,7 @@ class FSQConfig:
     dim: int = 1280  # D, width of what is quantized
     d: int = 64  # channels = integers per token
     levels: int = 8  # L, values per channel
-    scale_init: float = 4.0  # 1 would start with every value in the middle levels
+    scale_init: float = 1.0  # until `start` fits it; too large saturates tanh
     tau_init: float = 1.0
     learn_tau: bool = True  # a fixed tau loses no function: s and b can take its place
 

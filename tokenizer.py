@@ -4,6 +4,7 @@
     codes  = quantize(z)                                              RVQ: TASTE, FSQ: TASLA
     units ~ UnitDecoder(text, dequantize(codes), voice)               S3 units of the same speech
     loss   = CE(units) + lambda * quantizer loss                      TASLA 4.3; TASTE lambda = 1
+             + guided attention + prosody read from the codes         ours, where these are known
 
     last, taps (B, T, C) --aggregator--> tokens (B, N, C) --mean per word--> z (B, W, C)
       --quantizer--> codes (B, W, Q), embedding (B, W, C) --repeat--> (B, N, C) --> units (B, U)

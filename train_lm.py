@@ -262,10 +262,11 @@ def train(cfg: Config) -> SpokenLM:
                 log.row(step, **found)
                 if saved.improved(-sum(found.values())) and rank == 0:
                     save(cfg.out / "best", model, step)
+                if step == last and rank == 0:
+                    report(found["dev_code_nll"], dev, model.config.n_codes)
             if step == last or step % cfg.save_every == 0:
                 saved.save(step)
     if rank == 0:
-        report(evaluate(model, dev)["dev_code_nll"], dev, model.config.n_codes)
         save(cfg.out, model, last)
         loop.curve(cfg.out)
     finish()

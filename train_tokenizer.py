@@ -105,7 +105,7 @@ SIZES = {  # --size -> hidden width of MLDA, unit decoder, RVQ
     "full": (512, UnitDecoderConfig(), RVQConfig()),
 }  # fmt: skip
 DECODER_LAYERS = 2  # of the aggregator: distil-large-v3's
-SPAN = 16  # units, two or three words: the longest stretch of history that is hidden in one piece
+SPAN = 16  # units, one or two words: the longest stretch of history that is hidden in one piece
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
 
@@ -218,12 +218,7 @@ def accuracies(
     """Unit accuracy on a split, and two baselines, see data.all_hits; the processes share it."""
     units = [data.store.get("units", i) for i in range(len(data.store))]
     mine, size = range(rank, len(units), world), 50 if isinstance(data, Data) else 8
-    if stage.quantize or model.quantizer is None:
-        found = all_hits(model, mine, data.batch, units, stage.text_only, size)
-    else:  # as it is trained: without the quantizer
-        quantizer, model.quantizer = model.quantizer, None
-        found = all_hits(model, mine, data.batch, units, stage.text_only, size)
-        model.quantizer = quantizer
+    found = all_hits(model, mine, data.batch, units, stage.text_only, size, not stage.quantize)
     sums = loop.total({name: hits.sum() for name, hits in found.items()}, world)
     total = sums.pop("total")
     return {name: hits / total for name, hits in sums.items()}

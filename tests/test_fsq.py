@@ -50,7 +50,7 @@ def test_is_the_papers_equations(config: FSQConfig, seed: int) -> None:
 def test_rounds_and_differentiates_like_the_library(levels: int) -> None:
     lib = pytest.importorskip("vector_quantize_pytorch")
     library = lib.FSQ([levels] * 6, preserve_symmetry=True)  # its grid of L levels from -1 to 1
-    fsq = FSQ(FSQConfig(6, 6, levels, scale_init=1.0))
+    fsq = FSQ(FSQConfig(6, 6, levels))
     torch.nn.init.eye_(fsq.encoder.weight), torch.nn.init.zeros_(fsq.encoder.bias)
     torch.nn.init.eye_(fsq.decoder.weight), torch.nn.init.zeros_(fsq.decoder.bias)
     ours_x = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(levels)) * 2
@@ -117,8 +117,9 @@ def test_gradient_reaches_every_parameter_and_tau_can_be_fixed() -> None:
 
 def test_the_start_uses_all_levels_and_the_rates_are_right() -> None:
     torch.manual_seed(0)
-    fsq = FSQ(TINY)
-    used = torch.bincount(fsq.encode(torch.randn(20, 50, TINY.dim)).flatten(), minlength=8)
+    fsq, x = FSQ(TINY), torch.randn(20, 50, TINY.dim)
+    fsq.start(x)
+    used = torch.bincount(fsq.encode(x).flatten(), minlength=8)
     assert (used / used.sum() > 0.04).all()
     assert (fsq.n_codebooks, fsq.n_codes, fsq.bits_per_token) == (12, 8, 36.0)
     assert FSQ(FSQConfig()).bits_per_token == 192.0
