@@ -52,7 +52,7 @@ from metrics import (
     ratio_and_error,
     similarity,
 )
-from pipeline import RATE, SAMPLING, Pipeline, Speech, transcribe
+from pipeline import RATE, SAMPLING, Pipeline, transcribe
 from scoring import Figures, Judges, as_json, markdown, paper, score_folders
 from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
@@ -107,8 +107,9 @@ PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
 class System:
     """The models and recordings, each loaded when a part first asks for it."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, split: str = "test") -> None:
         self.cfg, self.bundle, self.device = cfg, cfg.bundle, pick_device(cfg.device)
+        self.split = split
 
     @cached_property
     def frontend(self) -> Frontend:
@@ -124,7 +125,7 @@ class System:
 
     @cached_property
     def test(self) -> list[Item]:
-        return self.items("test")
+        return self.items(self.split)
 
     def coded(self) -> dict[str, str]:
         """The tokenizers that make codes."""
@@ -141,7 +142,7 @@ class System:
 
     @cached_property
     def voices(self) -> list[Tensor]:
-        """of test, (X,) each"""
+        """of the split, (X,) each"""
         return [self.frontend.features(wav)["voice"][0] for wav in self.originals]
 
     @cached_property
@@ -161,7 +162,7 @@ class System:
             yield torch.Generator(self.device).manual_seed(seed)
 
     def compare(self, scores: Scores, copies: list[Tensor], timed: bool = True) -> None:
-        """copies of test (S,) at 22.05 kHz: words, prosody, voice. timed: pitch by frame, too."""
+        """copies of the split (S,), 22.05 kHz: words, prosody, voice; timed: pitch by frame."""
         wavs = [audio.resample(copy, audio.VOCODER_RATE, RATE) for copy in copies]
         for i, (wav, heard) in enumerate(zip(wavs, transcribe(self.frontend, wavs), strict=True)):
             scores.words("WER", i, self.test[i].text, heard)
@@ -224,22 +225,22 @@ def shipped(bundle: Path) -> dict[str, str]:
 def reconstruction(system: System) -> dict[str, Figures]:
     out = {"original": system.floor}
     for name, folder in shipped(system.bundle).items():
-        pipeline = Pipeline(system.bundle, system.bundle / folder, device=str(system.device))
-        pairs = list(zip(system.originals, system.test, strict=True))
-        speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
-        seconds = sum(map(len, system.originals)) / RATE
-        rate: Figures = {}
-        if name != "text only" and pipeline.tokenizer.quantizer is not None:
-            codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])
-            rate = bitrate(codes, pipeline.tokenizer.quantizer.n_codes, seconds)
-        else:
-            speeches = [replace(speech, codes=None) for speech in speeches]
-        out[name] = reconstruct(system, pipeline, speeches, name) | rate
+        out[name] = reconstruct(system, system.bundle / folder, name, name != "text only")
     return out
 
 
-def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name: str) -> Figures:
-    scores = Scores()
+def reconstruct(system: System, tokenizer: Path, name: str, coded: bool) -> Figures:
+    """The split through the codes of this tokenizer; coded False: from text and voice alone."""
+    pipeline = Pipeline(system.bundle, tokenizer, device=str(system.device))
+    pairs = list(zip(system.originals, system.test, strict=True))
+    speeches = [pipeline.encode(w, item.text) for w, item in progress(f"{name}, codes", pairs)]
+    scores, rate = Scores(), Figures()
+    if coded and pipeline.tokenizer.quantizer is not None:
+        codes = torch.cat([speech.codes for speech in speeches if speech.codes is not None])
+        total = sum(map(len, system.originals)) / RATE
+        rate = bitrate(codes, pipeline.tokenizer.quantizer.n_codes, total)
+    else:
+        speeches = [replace(speech, codes=None) for speech in speeches]
     for rng in system.rngs():
         copies: list[Tensor] = []
         for first in progress(f"{name}, speech in batches", range(0, len(speeches), BATCH)):
@@ -249,7 +250,7 @@ def reconstruct(system: System, pipeline: Pipeline, speeches: list[Speech], name
                 scores.add("duration", i, seconds / (len(system.originals[i]) / RATE))
                 copies.append(wav)
         system.compare(scores, copies, timed=False)
-    return scores.figures()
+    return scores.figures() | rate
 
 
 def units(system: System) -> dict[str, Figures]:
