@@ -57,7 +57,7 @@ def narrow(logits: Tensor, top_p: float) -> Tensor:
     # Quirk: the token that crosses top_p is dropped, elsewhere it is the last one kept.
     outside = p.cumsum(-1) > top_p
     outside[..., 0] = False
-    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
 def penalize(logits: Tensor, said: Tensor, penalty: float) -> Tensor:

@@ -328,6 +328,8 @@ INSTRUCT = ("--mode", "instruct", "--prefix", "<30><12><33>", "--suffix", "<9><2
         ([*INSTRUCT, "--stop", "<|endoftext|>"], "one three"),
         (["--reconstruct"], "one three"),
         (["--reconstruct", "--through-lm"], "one three"),
+        (["--stream"], "one three"),
+        (["--stream", *INSTRUCT], "one three"),
     ],
 )
 def test_every_way_to_run_it(
@@ -348,6 +350,9 @@ def test_every_way_to_run_it(
     assert len(audio.read(path, None)) > 256
     old = (prompt or "").split(" ")
     alone = prompt is None or {"--new-only", "--mode"} & {*argv}
+    if "--stream" in argv:
+        assert "first audio" in out
+        return
     assert (spoken[0][: len(old)] == old) == (not alone)
 
 
