@@ -19,7 +19,7 @@ ROWS = (  # a file imports only from rows above its own
     "pipeline shards loop",
     "released layer_report token_swap likelihood",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm prepare sample evaluate bench",
+    "train_tiny train_tokenizer train_lm prepare sample evaluate growth bench",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}
