@@ -261,7 +261,7 @@ def converse(
     def say(hidden: Tensor, rng: torch.Generator | None) -> Tensor:
         return model.head.say(hidden, model.quantizer, sampling.code_temperature, rng)
 
-    while not all(talk.done for talk in talks):
+    while True:
         hidden = model.llm(embeddings=rows, keep=keep, caches=caches)[:, -1]  # (B, C)
         tokens, text = [IGNORE] * B, model.pad_text.float().repeat(B, 1)  # (B, C): no text
         if asked := [b for b, talk in enumerate(talks) if not talk.waiting]:
@@ -278,6 +278,8 @@ def converse(
             for b, own in zip(begun, codes, strict=True):
                 talks[b].codes.append(own)
         yield talks
+        if all(talk.done for talk in talks):
+            return
         rows = model.fuse(text, sound(model, talks))[:, None]  # (B, 1, C)
         keep = None if keep is None else F.pad(keep, (0, 1), value=True)  # (B, t)
 

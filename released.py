@@ -110,8 +110,10 @@ class Tidy:
 
 
 class Released:
-    def __init__(self, models: Models, faithful: bool = True) -> None:
-        self.models, self.faithful = models, faithful
+    def __init__(self, models: Models, faithful: bool = True, short: bool = False) -> None:
+        """short: recordings are heard without silence behind them, which is quicker, and not what
+        the weights were trained on."""
+        self.models, self.faithful, self.short = models, faithful, short
         llm = models.lm.llm
         self.device = llm.embed.weight.device
         llm.config = replace(llm.config, rope_bf16=faithful)  # see llm.frequencies
@@ -122,7 +124,9 @@ class Released:
     def mel(self, wav: Tensor, encoder: WhisperEncoder) -> Tensor:
         """wav (S,) at 16 kHz -> (1, M, F), all that the encoder can take; the rest is cut off."""
         # Quirk: silence up to 30 s is heard like sound, there is no mask.
-        mel = audio.whisper_mel(wav, encoder.cfg.n_mels, pad_s=window_s(encoder))
+        wav = wav[: round(window_s(encoder) * audio.WHISPER_RATE)]
+        pad_s = None if self.short else window_s(encoder)
+        mel = audio.whisper_mel(wav, encoder.cfg.n_mels, pad_s)
         return mel[None].to(self.device, encoder.conv1.weight.dtype)
 
     @torch.inference_mode()

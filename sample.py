@@ -75,6 +75,9 @@ class Config:
     model: Path = flag(Path(), "folder of the released system, Llama-1B-TASTE-V0")
     asr: Path = flag(Path(), "with --model: folder of whisper-large-v3")
     fixed: bool = flag(False, "with --model: without the bugs of the published inference")
+    short_window: bool = flag(
+        False, "with --model: hear the recording without silence up to 30 s: quicker, other codes"
+    )
     through_lm: bool = flag(False, "with --model --reconstruct: the codes that the LM expects")
     new_only: bool = flag(False, "do not say the prompt again before what is new")
     prefix: str = flag(
@@ -150,8 +153,11 @@ def check_mode(cfg: Config) -> None:
         raise ValueError("--model and --asr go together: the released system does not recognize")
     if given and cfg.wav is None:
         raise ValueError("--model needs a recording, if only for its voice")
-    if not given and (cfg.fixed or cfg.through_lm or cfg.mode == "instruct"):
-        raise ValueError("--fixed, --through-lm and --mode instruct need --model")
+    for name in ("fixed", "through_lm", "short_window"):
+        if getattr(cfg, name) and not given:
+            raise ValueError(f"--{name.replace('_', '-')} needs --model")
+    if cfg.mode == "instruct" and not given:
+        raise ValueError("--mode instruct needs --model")
     if cfg.through_lm and not cfg.reconstruct:
         raise ValueError("--through-lm says what --reconstruct does")
     if cfg.reconstruct and cfg.mode != "audio":
@@ -168,7 +174,7 @@ def open_system(cfg: Config, device: torch.device) -> Pipeline | Released:
     """The models of the flags, loaded."""
     if cfg.model != Path():
         models = open_models(cfg.model, cfg.asr, device)
-        return Released(models, not cfg.fixed)
+        return Released(models, not cfg.fixed, cfg.short_window)
     tokenizer = cfg.bundle / "tokenizer" if cfg.tokenizer == Path() else cfg.tokenizer
     lm = cfg.bundle / "spoken_lm" if cfg.lm == Path() else cfg.lm
     speaks_only = cfg.reconstruct or cfg.swap != Path()

@@ -214,6 +214,20 @@ def test_one_window_is_not_touched(models: Models) -> None:
     assert torch.equal(codes, system.encode_mel(system.mel(wav, models.encoder), ["two", "four"]))
 
 
+@torch.inference_mode()
+def test_short_hears_what_is_there_and_no_silence(models: Models) -> None:
+    long, short = Released(models), Released(models, short=True)
+    rate = audio.WHISPER_RATE
+    for seconds in (0.3, 1.005, 1.28, 2.0):
+        wav = torch.randn(round(seconds * rate)) * 0.1
+        padded, heard = (x.mel(wav, models.encoder) for x in (long, short))
+        frames = min(len(wav) // audio.WHISPER_HOP, padded.shape[2])
+        assert heard.shape == (*padded.shape[:2], frames)
+        codes = short.encode_mel(heard, PROMPT)
+        assert codes.shape == (len(PROMPT), 4)
+        assert torch.equal(codes, long.encode_mel(padded, PROMPT)) or frames < padded.shape[2]
+
+
 def test_voice_is_the_mean_of_recordings_of_length_one(system: Released) -> None:
     wavs = [buzz(1.0), buzz(0.7)[3000:]]
     one, other = (system.voice(wav) for wav in wavs)
@@ -329,6 +343,7 @@ INSTRUCT = ("--mode", "instruct", "--prefix", "<30><12><33>", "--suffix", "<9><2
         (["--reconstruct"], "one three"),
         (["--reconstruct", "--through-lm"], "one three"),
         (["--stream"], "one three"),
+        (["--short-window"], "one three"),
         (["--stream", *INSTRUCT], "one three"),
     ],
 )
@@ -361,9 +376,10 @@ def test_every_way_to_run_it(
     [
         (["--model", "taste"], "--model and --asr"),
         (["--asr", "whisper"], "--model and --asr"),
-        (["--fixed"], "need --model"),
-        (["--through-lm", "--reconstruct"], "need --model"),
-        (INSTRUCT, "need --model"),
+        (["--fixed"], "--fixed needs --model"),
+        (["--through-lm", "--reconstruct"], "--through-lm needs --model"),
+        (["--short-window"], "--short-window needs --model"),
+        (INSTRUCT, "needs --model"),
         ([*PUBLIC, "--through-lm"], "--reconstruct"),
         ([*PUBLIC, "--mode", "text"], "needs --text"),
         ([*PUBLIC, "--mode", "zero", "--reconstruct"], "leave out --mode zero"),
