@@ -239,7 +239,8 @@ def converse(
     text, once a word is begun. rng: with one for each prompt, or if nothing is drawn, an item gives
     what it gives alone; with one for all, draws are independent, but depend on the company.
 
-    Each step reads one row and keeps keys and values; the model should be in eval mode."""
+    Each step reads one row and keeps keys and values; what has ended keeps its place in the batch,
+    and its further rows go nowhere. The model should be in eval mode."""
     sampling, delay = sampling or Sampling(), model.config.delay
     rows, keep = prompt_batch(model, prompts)  # (B, N, C), (B, N)
     B, N, _ = rows.shape
@@ -248,6 +249,8 @@ def converse(
     steps = min(steps, model.config.llm.max_tokens - N - delay)
     if extra_words < 1 or steps < 1:
         raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {N} rows")
+    if isinstance(rng, Sequence) and len(rng) != B:
+        raise ValueError(f"{len(rng)} generators for {B} prompts: wanted one for all, or for each")
     goes_on = [p.ids is not None and p.prefix is None and not sampling.faithful for p in prompts]
     talks = [
         Talk(prompt.history(rows.device), delay, extra_words, steps, glued, stop)

@@ -237,8 +237,11 @@ def parts_of(
         more = {"around": (cfg.prefix, cfg.suffix), "stop": cfg.stop or None}
     before = None if cfg.new_only or cfg.mode != "audio" else speech  # is said again
     said, rest = list[str](), ""
-    replies = pipeline.reply_stream if cfg.stream else lambda *a, **k: [pipeline.reply(*a, **k)]
-    for new, ended in replies(*given, **more):
+    if cfg.stream:
+        replies = pipeline.reply_stream(*given, **more)
+    else:
+        replies = iter([pipeline.reply(*given, **more)])
+    for new, ended in replies:
         said, rest = [*said, new.glue, *new.words], "" if ended else " ..."
         yield new if before is None else before.join(new)
         before = None

@@ -115,6 +115,8 @@ def test_a_batch_without_prompts_or_room_is_refused() -> None:
         generate_all(model, sets, [])
     with pytest.raises(ValueError, match="no room"):
         generate_all(model, sets, prompts_of(model), extra_words=0)
+    with pytest.raises(ValueError, match="1 generators for 5 prompts"):
+        generate_all(model, sets, prompts_of(model), rng=[torch.Generator()])
 
 
 def test_rules_are_what_they_say() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,7 +243,7 @@ def test_a_sentence_is_written_before_the_next_words_are_made(
     talkative(monkeypatch)
     events = list[str]()
 
-    def known(*given: object) -> Iterator[tuple[Speech, bool]]:
+    def known(*given: Any) -> Iterator[tuple[Speech, bool]]:
         for part, ended in its_own(*given):
             events.extend("w" * len(part.words))
             yield part, ended
@@ -270,7 +271,7 @@ def test_an_interrupted_stream_leaves_a_wav_of_what_was_said(
     whole = audio.read(call(*flags, out="out/y.wav")[3], None)
     said = list[int]()
 
-    def units(*given: object) -> object:
+    def units(*given: Any) -> object:
         said.append(1)
         if len(said) == 2:
             raise KeyboardInterrupt
@@ -358,13 +359,15 @@ def test_clauses_have_some_words() -> None:
 
 def test_several_replies_are_those_of_single_prompts(tiny_bundle: Path) -> None:
     system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer", tiny_bundle / "spoken_lm")
-    prompts = [None, system.encode(speech(1.0), "two dogs run.")]
-    prompts += [system.encode(speech(2.5), "the child sees a big red ball"), prompts[1]]
+    short = system.encode(speech(1.0), "two dogs run.")
+    prompts = [None, short, system.encode(speech(2.5), "the child sees a big red ball"), short]
     calm, voices = Sampling(0.0, 1.0, 1.2, 0.0), [torch.full((4,), i / 9) for i in range(4)]
     together = system.reply_all(prompts, 2, calm, voices)
     for prompt, voice, (new, ended) in zip(prompts, voices, together, strict=True):
         alone, alone_ended = system.reply(prompt, 2, calm, voice)
         assert (new.words, new.glue, ended) == (alone.words, alone.glue, alone_ended)
+        assert new.codes is not None
+        assert alone.codes is not None
         assert torch.equal(new.codes, alone.codes)
         assert new.voice is voice
     assert len({new.text for new, _ in together}) > 1
