@@ -108,8 +108,8 @@ def pieces(
 def known(
     talks: Iterator[list[Talk]], tokenizer: Decoder, voice: Tensor
 ) -> Iterator[tuple[Speech, bool]]:
-    """One utterance that grows -> its words as soon as they have codes, and whether it has come to
-    its end. The first part has no words, but the glue, which ends the prompt's last one."""
+    """One utterance that grows -> its words as soon as they have codes, and whether the utterance
+    ended by itself with them. The first part has no words, but the glue for the prompt's last one."""
     told = -1
     for (talk,) in talks:
         if told < 0 and talk.words:
@@ -118,7 +118,7 @@ def known(
         if talk.ready > told >= 0:
             words = [talk.word(w, tokenizer) for w in range(told, talk.ready)]
             codes = torch.stack(talk.codes[talk.first + told :])
-            yield Speech(words, codes, voice), talk.ended
+            yield Speech(words, codes, voice), talk.done and talk.ended
             told = talk.ready
 
 

@@ -1,7 +1,9 @@
 """sample.py and evaluate.py on untrained models: every way to call them, every bad input."""
 
+import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -234,6 +236,47 @@ def test_the_stream_is_the_whole_to_the_bit(
     assert [x for x in streamed.splitlines() if x in lines] == lines
     assert "first audio   " in streamed
     assert "first audio" not in whole
+
+
+def test_the_stream_says_the_prompt_first(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+
+    def units(system: pipeline.Pipeline, parts: list[Speech], rng: torch.Generator) -> object:
+        said.extend(word for part in parts for word in part.words)
+        return its_own(system, parts, rng)
+
+    its_own = pipeline.Pipeline.units
+    monkeypatch.setattr(pipeline.Pipeline, "units", units)
+    prompt, flags = tiny_bundle / "prompt.wav", ("--text", "two dogs", "--stream", "--words", 1)
+    _, out, *_ = call(prompt, *flags)
+    new = re.findall(r"continuation  (.*?)(?: \.\.\.)?\n", out)[0]
+    assert " ".join(said) in (f"two dogs {new}", f"two dogs{new}")  # new may begin with a full stop
+    said.clear()
+    call(prompt, *flags, "--new-only")
+    assert said == new.removeprefix(". ").split()
+
+
+def test_a_reply_that_comes_in_parts_is_the_whole_reply(tiny_bundle: Path) -> None:
+    system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer", tiny_bundle / "spoken_lm")
+    prompt, glues = system.encode(speech(1.0), "two dogs run"), set[str]()
+    for seed, start in itertools.product(range(40), (prompt, None)):
+        rngs = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        given = start, 2, Sampling(9.0, 1.0, 1.0, 1.0), prompt.voice
+        whole, ended = system.reply(*given, rngs[0])
+        parts = [*system.reply_stream(*given, rngs[1])]
+        assert [end for _, end in parts] == [False] * (len(parts) - 1) + [ended]
+        assert (parts[0][0].words, parts[0][0].glue) == ([], whole.glue)
+        joined, want = prompt, prompt.join(whole)
+        for part, _ in parts:
+            joined = joined.join(part)
+        assert joined.codes is not None
+        assert want.codes is not None
+        assert joined.words == want.words
+        assert torch.equal(joined.codes, want.codes)
+        glues.add(whole.glue)
+    assert glues == {"", "."}
 
 
 def test_a_sentence_is_written_before_the_next_words_are_made(
