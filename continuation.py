@@ -241,22 +241,15 @@ def converse(
 
     Each step reads one row and keeps keys and values; what has ended keeps its place in the batch,
     and its further rows go nowhere. The model should be in eval mode."""
-    sampling, delay = sampling or Sampling(), model.config.delay
+    sampling = sampling or Sampling()
     rows, keep = prompt_batch(model, prompts)  # (B, N, C), (B, N)
     B, N, _ = rows.shape
     said = torch.cat([prompt_ids(model, p, sampling.faithful) for p in prompts])  # (B, V) bool
-    steps = STEPS_PER_WORD * 3 * extra_words if max_steps is None else max_steps
-    steps = min(steps, model.config.llm.max_tokens - N - delay)
-    if extra_words < 1 or steps < 1:
-        raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {N} rows")
+    talks = begin(model, prompts, extra_words, max_steps, N, sampling.faithful, stop)
     if isinstance(rng, Sequence) and len(rng) != B:
         raise ValueError(f"{len(rng)} generators for {B} prompts: wanted one for all, or for each")
-    goes_on = [p.ids is not None and p.prefix is None and not sampling.faithful for p in prompts]
-    talks = [
-        Talk(prompt.history(rows.device), delay, extra_words, steps, glued, stop)
-        for prompt, glued in zip(prompts, goes_on, strict=True)
-    ]
-    never, caches = sets.never(stop).to(rows.device), model.llm.new_caches(N + steps + delay)
+    caches = model.llm.new_caches(N + talks[0].steps + model.config.delay)
+    never = sets.never(stop).to(rows.device)  # (rules, V)
 
     def write(logits: Tensor, said: Tensor, rng: torch.Generator | None) -> Tensor:
         return next_text(logits, said, sampling, rng)
@@ -285,6 +278,29 @@ def converse(
             return
         rows = model.fuse(text, sound(model, talks))[:, None]  # (B, 1, C)
         keep = None if keep is None else F.pad(keep, (0, 1), value=True)  # (B, t)
+
+
+def begin(
+    model: SpokenLM,
+    prompts: Sequence[Prompt],
+    extra_words: int,
+    max_steps: int | None,
+    rows: int,
+    faithful: bool,
+    stop: int | None,
+) -> list[Talk]:
+    """An utterance for each prompt, nothing said yet; rows: of the longest prompt. See converse."""
+    delay = model.config.delay
+    steps = STEPS_PER_WORD * 3 * extra_words if max_steps is None else max_steps
+    steps = min(steps, model.config.llm.max_tokens - rows - delay)
+    if extra_words < 1 or steps < 1:
+        raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {rows} rows")
+    talks = []
+    for prompt in prompts:
+        goes_on = prompt.ids is not None and prompt.prefix is None and not faithful
+        history = prompt.history(model.pad_text.device)
+        talks.append(Talk(history, delay, extra_words, steps, goes_on, stop))
+    return talks
 
 
 def by_row(draw: Callable[..., Tensor], rng: RNG, items: list[int], *x: Tensor) -> Tensor:
