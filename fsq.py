@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 START_STD = 0.85  # of what goes into tanh: makes a normal distribution about uniform in [-1, 1]
@@ -122,7 +123,8 @@ class FSQ(nn.Module):
             # The paper's ubar + sg(q - ubar), summed so that its value is q to the last bit.
             z_q = self.values(codes) + (ubar - ubar.detach()) * keep
             embedding = self.decoder(z_q)  # (B, N, D)
-            error = (x.detach() - embedding).square().mean(-1) * keep[..., 0]  # (B, N)
+            error = F.mse_loss(embedding, x.detach(), reduction="none")  # (B, N, D)
+            error = error.mean(-1) * keep[..., 0]  # (B, N)
             return Quantized(embedding, codes, error.sum() / keep.sum().clamp(min=1))
 
     @torch.no_grad()
