@@ -1,4 +1,4 @@
-"""Where each stage stands: our time, that of what one would otherwise pick, and the machine's limit.
+"""Where each stage stands: our time, that of what one would pick instead, the machine's limit.
 
     python bench.py                                      all stages at full size, random weights
     python bench.py --stage decode,rvq --preset small    some of them, smaller
@@ -134,7 +134,9 @@ def measure(case: Case, device: torch.device, least: int) -> Row:
         out, operations, memory = first_call(case, device)
         if case.peer is not None:
             agree(case, out, case.peer())
-        ours, theirs, start = [], [], time.monotonic()
+        ours: list[float] = []
+        theirs: list[float] = []
+        start = time.monotonic()
         while len(ours) < least or (time.monotonic() - start < ENOUGH_S and len(ours) < MOST):
             ours.append(timed(case.ours, device))
             if case.peer is not None:
