@@ -116,8 +116,10 @@ class FSQ(nn.Module):
 
         At padding: codes PAD, q = 0, so the embedding there is the decoder's bias, as in RVQ."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 would move 1.2 % of the codes
-            keep = real(x, keep)
-            x = x.float().masked_fill(~keep, 0.0)  # padding may hold anything, even NaN
+            x = x.float()
+            if keep is not None:  # padding may hold anything, even NaN
+                x = x.masked_fill(~real(x, keep), 0.0)
+            keep = real(x, keep)  # (B, N, 1)
             ubar = self.squash(x)  # (B, N, d)
             codes = self.round(ubar).masked_fill(~keep, PAD)
             # The paper's ubar + sg(q - ubar), summed so that its value is q to the last bit.
