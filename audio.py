@@ -14,8 +14,10 @@ Everything runs in fp32 (fp64 if given), also under autocast: a log of a bf16 po
 import io
 import math
 import os
+import struct
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -86,13 +88,10 @@ def write(path: str | Path, wav: Tensor, rate: int) -> None:
         raise ValueError(f"{path}: only .wav files are written, give a name that ends in .wav")
     if wav.ndim != 1 or len(wav) == 0:
         raise ValueError(f"{path}: expected samples of shape (S,), S > 0, got {[*wav.shape]}")
-    if not wav.isfinite().all():
-        raise ValueError(f"{path}: not written, the samples hold NaN or infinite values")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist, make it first")
-    pcm = (wav.detach().cpu().float() * 2**15).round().clamp(-(2**15), 2**15 - 1)
     buffer = io.BytesIO()
-    soundfile.write(buffer, pcm.numpy().astype(np.int16), rate, format="WAV", subtype="PCM_16")
+    soundfile.write(buffer, pcm16(wav, str(path)), rate, format="WAV", subtype="PCM_16")
     partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
     try:
         partial.write_bytes(buffer.getvalue())
@@ -100,6 +99,62 @@ def write(path: str | Path, wav: Tensor, rate: int) -> None:
     except OSError as e:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def pcm16(wav: Tensor, name: str) -> np.ndarray:
+    """wav (S,) -> int16, clipped to [-1, 1]; NaN or infinite values: ValueError."""
+    if not wav.isfinite().all():
+        raise ValueError(f"{name}: not written, the samples hold NaN or infinite values")
+    pcm = (wav.detach().cpu().float() * 2**15).round().clamp(-(2**15), 2**15 - 1)
+    return pcm.numpy().astype("<i2")
+
+
+class WavStream:
+    """A mono 16-bit .wav that is whole after each write, whatever happens next.
+
+    On a pipe the header cannot be corrected later: it says that the length is unknown, as other
+    programs write it and players take it."""
+
+    UNKNOWN = 2**32 - 1
+
+    def __init__(self, file: BinaryIO, rate: int, pipe: bool = False) -> None:
+        self.file, self.rate, self.pipe, self.samples = file, rate, pipe, 0
+        file.write(self.header())
+
+    def header(self) -> bytes:
+        size = self.UNKNOWN if self.pipe else 2 * self.samples
+        kind = struct.pack("<IHHIIHH", 16, 1, 1, self.rate, 2 * self.rate, 2, 16)
+        whole = struct.pack("<I", min(36 + size, self.UNKNOWN))
+        return b"RIFF" + whole + b"WAVEfmt " + kind + b"data" + struct.pack("<I", size)
+
+    def write(self, wav: Tensor) -> None:
+        """Append wav (S,), and hand it on to whoever reads."""
+        self.file.write(pcm16(wav, "the stream").tobytes())
+        self.file.flush()
+        self.samples += len(wav)
+        if not self.pipe:
+            self.file.seek(0)
+            self.file.write(self.header())
+            self.file.seek(0, os.SEEK_END)
+            self.file.flush()
+
+
+class Crossfade:
+    """Waves that come one by one -> one sound without clicks: the last samples of each are faded
+    into the first of the next."""
+
+    def __init__(self, overlap: int) -> None:
+        """overlap: samples, of which every wave must have as many at least."""
+        self.overlap, self.rise = overlap, torch.linspace(0, math.pi / 2, overlap).sin() ** 2
+        self.held = torch.zeros(0)
+
+    def push(self, wav: Tensor) -> Tensor:
+        """The next wav (S,) -> what is certain by now; the rest is held back."""
+        if len(self.held):
+            mixed = self.held * self.rise.flip(0) + wav[: self.overlap] * self.rise
+            wav = torch.cat([mixed, wav[self.overlap :]])
+        self.held = wav[-self.overlap :]
+        return wav[: -self.overlap]
 
 
 def resample(wav: Tensor, source: int, target: int) -> Tensor:

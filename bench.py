@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench_train
 import loop
-from bench_stages import SIZES, STAGES, Case, Sizes, Stage, size
+from bench_case import SIZES, Case, Sizes, Stage, size
+from bench_stages import STAGES
 from common import flag, parse, pick_device, positive, run
 from weights import read_json, write_atomic
 

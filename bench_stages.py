@@ -7,7 +7,7 @@ without a cache, or with one call for each branch of the guidance.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,89 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bench_peers
-import fsq
-import llm
 import lora
-import rvq
-import s3_units
-import unit_decoder
-import whisper_dec
-import whisper_enc
+from bench_case import Case, Sizes, Stage, middles, size
 from bench_peers import named
-from flow import TINY as FLOW
-from flow import Flow, FlowConfig
-from fsq import FSQ, FSQConfig
-from hift import TINY as HIFT
-from hift import HiFT, HiFTConfig
-from llm import Llama, LlamaConfig
-from rvq import RVQ, RVQConfig
-from s3_units import S3Config, S3Units
-from unit_decoder import UnitDecoder, UnitDecoderConfig
+from continuation import Prompt, Sampling, generate_all
+from flow import Flow
+from fsq import FSQ
+from hift import HiFT
+from llm import Llama
+from rvq import RVQ
+from s3_units import S3Units
+from spoken_lm import SpokenLM, SpokenLMConfig
+from unit_decoder import UnitDecoder
+from vocabulary import VocabularySets
 from vocoder import Vocoder
-from whisper_dec import DecoderConfig, WhisperDecoder, transcribe
-from whisper_enc import EncoderConfig, WhisperEncoder
+from whisper_dec import WhisperDecoder, transcribe
+from whisper_enc import WhisperEncoder
 
 RANK = 64  # of LoRA [TASTE]
+GREEDY = Sampling(0.0, repetition_penalty=100.0)  # random weights would repeat one token
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")  # that it adapts
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The models of a preset, and how much they are given."""
-
-    encoder: EncoderConfig
-    decoder: DecoderConfig
-    llm: LlamaConfig
-    s3: S3Config
-    rvq: RVQConfig
-    fsq: FSQConfig
-    unit_decoder: UnitDecoderConfig
-    flow: FlowConfig
-    hift: HiFTConfig
-    tokens: int = 32  # to generate, after a prompt of as many
-    units: int = 500  # to generate
-    seconds: float = 3.0  # to vocode
-    words: int = 32  # of an utterance, of which 16 are quantized: 12 s each
-    skip: int = 20  # what has no cache is timed at every so many steps
-
-
-FULL = Sizes(
-    EncoderConfig(), DecoderConfig(layers=32), LlamaConfig(), S3Config(), RVQConfig(), FSQConfig(),
-    UnitDecoderConfig(), FlowConfig(), HiFTConfig(),
-)  # fmt: skip
-SMALL = replace(  # whisper-small and SmolLM2-135M
-    FULL, encoder=EncoderConfig(80, 768, 12, 12, 3072), rvq=RVQConfig(768), fsq=FSQConfig(768),
-    decoder=DecoderConfig(51865, 768, 12, 12, 3072),
-    llm=LlamaConfig(49152, 576, 30, 9, 3, 64, 1536, 1e5, None, max_tokens=8192),
-)  # fmt: skip
-TINY = Sizes(
-    replace(whisper_enc.TINY, strides=(1, 2), max_frames=1500),  # 50 Hz: the peer has no other
-    whisper_dec.TINY, llm.TINY, replace(s3_units.TINY, max_frames=1500), rvq.TINY, fsq.TINY,
-    unit_decoder.TINY, FLOW, HIFT,
-)  # fmt: skip
-SIZES = {"full": FULL, "small": SMALL, "tiny": TINY}
-
-
-@dataclass
-class Case:
-    """One line of the table."""
-
-    what: str
-    model: nn.Module
-    ours: Callable[[], Tensor]
-    reads: int = 0  # bytes of weights and of kept keys that a call cannot avoid to read
-    peer: Callable[[], Tensor] | None = None
-    peer_name: str = ""
-    peer_share: float = 1.0  # of its work that the peer does: its time is divided by it
-    tolerance: float = 1e-4  # of floats, relative to the largest; integers: share that differs
-
-
-Stage = Callable[[Sizes, torch.device, bool], Case]
-
-
-def size(model: nn.Module) -> int:
-    """Bytes of all weights."""
-    return sum(x.nbytes for x in {x.data_ptr(): x for x in model.state_dict().values()}.values())
 
 
 # --- hear ----------------------------------------------------------------------------------------
@@ -208,28 +145,30 @@ def finite(sizes: Sizes, device: torch.device, peers: bool) -> Case:
 
 
 def decode(sizes: Sizes, device: torch.device, peers: bool) -> Case:
-    """Greedy, cached, the prompt included."""
+    """The best logits of greedy steps, cached, the prompt included."""
     cfg, n = sizes.llm, sizes.tokens
     prompt = torch.randint(cfg.vocab, (1, n), device=device)
     model, peer = bench_peers.llama(cfg, device) if peers else (Llama(cfg).to(device).eval(), None)
 
     def ours() -> Tensor:
-        ids, caches = [prompt], model.new_caches(2 * n)
+        ids, caches, best = prompt, model.new_caches(2 * n), []
         for _ in range(n):
-            hidden = model(ids[-1], caches=caches)
-            ids.append(model.logits(hidden[:, -1:]).argmax(-1))
-        return torch.cat(ids, 1)
+            hidden = model(ids, caches=caches)
+            top, ids = model.logits(hidden[:, -1:]).max(-1)
+            best.append(top)
+        return torch.cat(best, 1)  # (1, n)
 
     case = Case(f"{n} tokens by the Llama, after {n}", model, ours, n * size(model))
     if peer is not None:
         from transformers import DynamicCache
 
         def theirs() -> Tensor:
-            ids, cache = [prompt], DynamicCache()
+            ids, cache, best = prompt, DynamicCache(), []
             for _ in range(n):
-                out = peer(ids[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids.append(out.logits.argmax(-1))
-            return torch.cat(ids, 1)
+                out = peer(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                top, ids = out.logits.max(-1)
+                best.append(top)
+            return torch.cat(best, 1)
 
         case.peer, case.peer_name = theirs, named("transformers", "SDPA")
     return case
@@ -261,6 +200,76 @@ def lora_step(sizes: Sizes, device: torch.device, peers: bool) -> Case:
     return case
 
 
+class Words:
+    """Every token is a word."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" {i}" for i in ids)
+
+
+def talk(sizes: Sizes, device: torch.device) -> tuple[SpokenLM, Callable[[int], Tensor]]:
+    """The spoken LM, and what goes on from so many prompts (B, N), greedy."""
+    q = sizes.rvq
+    config = SpokenLMConfig(
+        sizes.llm, sos=1, audio_dim=q.dim, n_codebooks=q.quantizers, n_codes=q.codebook_size,
+        latent_dim=q.codebook_dim,
+    )  # fmt: skip
+    model = SpokenLM(config, RVQ(q)).to(device).eval()
+    lora.fold(model.llm)
+    sets = VocabularySets.of(Words(), sizes.llm.vocab)
+    codes = torch.randint(q.codebook_size, (30, q.quantizers))
+    prompt = Prompt(torch.randint(sizes.llm.vocab, (30,)), torch.arange(30), codes)
+
+    def go_on(batch: int) -> Tensor:
+        told = [prompt] * batch, GREEDY, sizes.said, sizes.said
+        return torch.stack([x.ids for x in generate_all(model, sets, *told)])
+
+    return model, go_on
+
+
+def spoken_lm(sizes: Sizes, device: torch.device, peers: bool) -> Case:
+    """Hidden states of some rows; what is published reads all rows for each."""
+    model, go_on = talk(sizes, device)
+    read: list[Tensor] = []
+    hidden: list[Tensor] = []
+    at = middles(sizes.said, sizes.skip)
+
+    def remember(llm: nn.Module, args: object, kwargs: dict[str, Tensor], out: Tensor) -> None:
+        read.append(kwargs["embeddings"])
+        hidden.append(out[:, -1:])
+
+    def ours() -> Tensor:
+        read.clear()
+        hidden.clear()
+        with_hook = model.llm.register_forward_hook(remember, with_kwargs=True)
+        go_on(1)
+        with_hook.remove()
+        return torch.cat(hidden, 1)[:, [*at]]
+
+    n = sizes.said
+    case = Case(f"{n} words by the spoken LM, after 30", model, ours, n * size(model.llm))
+    if peers:
+
+        def theirs() -> Tensor:
+            return torch.cat(
+                [model.llm(embeddings=torch.cat(read[: i + 1], 1))[:, -1:] for i in at], 1
+            )
+
+        case.peer, case.peer_name, case.peer_share = theirs, "no cache", len(at) / n
+    return case
+
+
+def together(sizes: Sizes, device: torch.device, peers: bool) -> Case:
+    model, go_on = talk(sizes, device)
+    n, B = sizes.said, sizes.batch
+    what = f"{n} words for each of {B} prompts"
+    case = Case(what, model, partial(go_on, B), n * size(model.llm))
+    if peers:
+        case.peer, case.peer_name = lambda: go_on(1).expand(B, -1), "one by one, cached"
+        case.peer_share = 1 / B
+    return case
+
+
 # --- speak ---------------------------------------------------------------------------------------
 
 
@@ -276,8 +285,10 @@ def units(sizes: Sizes, device: torch.device, peers: bool) -> Case:
         said, _ = model.generate(text, None, audio, voice, greedy=True, min_len=n, max_len=n)
         return said[0]
 
+    at = middles(n, sizes.skip)
+
     def ours() -> Tensor:
-        return generate()[sizes.skip - 1 :: sizes.skip]
+        return generate()[[*at]]
 
     read = n * (size(model.lm) + size(model.head))
     case = Case(f"{n} units, 30 text tokens", model, ours, read)
@@ -286,11 +297,10 @@ def units(sizes: Sizes, device: torch.device, peers: bool) -> Case:
         history = model.unit_embed(generate())[None]  # (1, U, C)
 
         def theirs() -> Tensor:
-            at = range(sizes.skip - 1, n, sizes.skip)
             rows = [model.lm(torch.cat([prompt, history[:, :i]], 1))[:, -1] for i in at]
             return model.head(torch.cat(rows))[:, :-1].argmax(-1)
 
-        case.peer, case.peer_name, case.peer_share = theirs, "no cache", 1 / sizes.skip
+        case.peer, case.peer_name, case.peer_share = theirs, "no cache", len(at) / n
     return case
 
 
@@ -330,6 +340,6 @@ def vocoder(sizes: Sizes, device: torch.device, peers: bool) -> Case:
 
 STAGES: dict[str, tuple[Stage, ...]] = {
     "encoder": (encoder,), "decode": (decode,), "transcribe": (transcription,), "s3": (s3,),
-    "rvq": (residual,), "fsq": (finite,), "lora": (lora_step,), "unit_decoder": (units,),
-    "vocoder": (vocoder,),
+    "rvq": (residual,), "fsq": (finite,), "lora": (lora_step,), "spoken_lm": (spoken_lm, together),
+    "unit_decoder": (units,), "vocoder": (vocoder,),
 }  # fmt: skip

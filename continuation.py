@@ -4,77 +4,27 @@
     x_{p+1} = fuse(E[t_{p+1}], embedding of the codes of the word d before)
     behind the last word, d rows without text bring the codes of the last d words
 
-    prompt --rows--> x (1, N, C) --llm, caches--> hidden (1, C) --> token, codes (Q) --> x (1, 1, C)
+    prompts --rows--> x (B, N, C) --llm, caches--> hidden (B, C) --> tokens, codes --> x (B, 1, C)
 
 Starts: nothing (sos), a text, speech (text and codes), or speech between two texts (instruct).
+Shorter prompts of a batch are padded on the left, so that all go on in one column.
 [TASTE: arXiv:2504.07053, sec. 3.2; numbers: TASTE-SpokenLM 301bce2]
 """
 
-import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llm import pick
-from spoken_lm import IGNORE, LLAMA3_SPECIAL, SpokenLM, layout
+from spoken_lm import IGNORE, SpokenLM, layout
+from vocabulary import Decoder, Rule, VocabularySets
 
 STEPS_PER_WORD = 16  # text tokens; a model that begins no new word must stop at some time
-UNKNOWN = "⁇"  # the text of SentencePiece's unknown token
-
-
-class Decoder(Protocol):
-    def decode(self, ids: list[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class VocabularySets:
-    """What generation has to know about each text token; tensors (V,) bool."""
-
-    word_start: Tensor
-    banned: Tensor
-    sentence_end: Tensor
-    blank: Tensor  # a lone space: its word goes on with the next token
-    tokenizer: Decoder
-
-    @classmethod
-    def of(cls, tokenizer: Decoder, vocab: int, faithful: bool = False) -> "VocabularySets":
-        """Sort the tokens of a vocabulary by their text. A word starts with a space in front.
-
-        Banned is what is no text: specials, holes, blanks but a space in front. faithful: the rules
-        of the public Llama 3 system, which bans all without letter, digit or one of .,' instead."""
-        special = set(getattr(tokenizer, "special", {}).values())
-        texts = [spell(tokenizer, i) for i in range(vocab)]
-        blank = [t == " " for t in texts]
-        if faithful:
-            start = [t[:1] == " " or i >= LLAMA3_SPECIAL for i, t in enumerate(texts)]
-            # Quirk: this bans "?", "!", quotes and dashes; of the specials, only the first two of
-            # Llama 3 matter, and <|end_of_text|> alone is named [TASTE-SpokenLM 301bce2].
-            banned = [
-                "\n" in t or not re.search(r"[A-Za-z0-9.,']", t) or i == LLAMA3_SPECIAL + 1
-                for i, t in enumerate(texts)
-            ]
-        else:
-            start = [t[:1] == " " for t in texts]
-            banned = [
-                i in special
-                or t in ("", UNKNOWN)
-                or re.search(r"\s", t.removeprefix(" ")) is not None
-                for i, t in enumerate(texts)
-            ]
-        stops = "." if faithful else ".?!"
-        ends = [any(stop in t for stop in stops) for t in texts]
-        sets = [torch.tensor(x) for x in (start, banned, ends, blank)]
-        return cls(sets[0], sets[1], sets[2], sets[3], tokenizer)
-
-
-def spell(tokenizer: Decoder, i: int) -> str:
-    """The text of one token, "" if the vocabulary has no such id."""
-    try:
-        return tokenizer.decode([i])
-    except (ValueError, IndexError, KeyError):
-        return ""
+RNG = torch.Generator | Sequence[torch.Generator] | None  # one for all, or one for each
 
 
 @dataclass(frozen=True)
@@ -107,7 +57,7 @@ def narrow(logits: Tensor, top_p: float) -> Tensor:
     # Quirk: the token that crosses top_p is dropped, elsewhere it is the last one kept.
     outside = p.cumsum(-1) > top_p
     outside[..., 0] = False
-    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
 
 
 def penalize(logits: Tensor, said: Tensor, penalty: float) -> Tensor:
@@ -185,17 +135,29 @@ class Talk:
         return self.first + self.words + self.waited - 1 - self.delay
 
     @property
+    def lacks_codes(self) -> bool:
+        return self.heard == len(self.codes)
+
+    @property
     def done(self) -> bool:
         return self.waited == self.delay
 
-    def never(self, sets: VocabularySets) -> Tensor:
-        """Tokens (V,) bool that cannot come next."""
+    @property
+    def rule(self) -> Rule:
+        """What may come next."""
         if self.blank:
-            return sets.banned | sets.word_start
-        if self.words or not self.goes_on:
-            return sets.banned
+            return Rule.REST
+        if self.words:
+            return Rule.TEXT
+        if not self.goes_on:
+            return Rule.FIRST
         may_end = not self.ids and self.steps > 1  # one full stop, and no letters: it was a word
-        return sets.banned | ~(sets.word_start | sets.sentence_end & may_end)
+        return Rule.WORD_OR_END if may_end else Rule.WORD
+
+    @property
+    def ready(self) -> int:
+        """New words that are complete: their codes are said when a later word begins."""
+        return len(self.codes) - self.first
 
     def push(self, token: int, sets: VocabularySets) -> bool:
         """The next text token, or what you like while waiting -> does a word begin?"""
@@ -216,16 +178,18 @@ class Talk:
         return begins
 
     def result(self, tokenizer: Decoder) -> Generated:
-        ids, codes = torch.tensor(self.ids), torch.stack(self.codes[self.first :])
-        word_ids = torch.tensor(self.word_ids)
-        words = [tokenizer.decode(ids[word_ids == w].tolist()) for w in range(self.words)]
-        assert len(words) == len(codes), (words, codes.shape)
-        words, glue = [w.strip() for w in words], tokenizer.decode(ids[word_ids < 0].tolist())
-        text = tokenizer.decode(self.ids).strip()
-        return Generated(ids, word_ids, text, words, codes, self.ended, glue.strip())
+        assert self.words == self.ready, (self.words, self.ready)
+        ids, word_ids = torch.tensor(self.ids), torch.tensor(self.word_ids)
+        codes, text = torch.stack(self.codes[self.first :]), tokenizer.decode(self.ids).strip()
+        words = [self.word(w, tokenizer) for w in range(self.words)]
+        return Generated(ids, word_ids, text, words, codes, self.ended, self.word(-1, tokenizer))
+
+    def word(self, w: int, tokenizer: Decoder) -> str:
+        """The text of new word w; -1: what ends the last word of the prompt."""
+        own = [i for i, word in zip(self.ids, self.word_ids, strict=True) if word == w]
+        return tokenizer.decode(own).strip()
 
 
-@torch.inference_mode()
 def generate(
     model: SpokenLM,
     sets: VocabularySets,
@@ -236,45 +200,118 @@ def generate(
     rng: torch.Generator | None = None,
     stop: int | None = None,
 ) -> Generated:
-    """Go on from the prompt; end at a sentence end once extra_words are begun, or anywhere once
-    3 * extra_words are. max_steps: most text tokens, default 16 for each of those words: the public
-    loop has no such bound. stop: a token that ends the text, once a word is begun.
+    """Go on from one prompt: see converse."""
+    prompts = [prompt or Prompt()]
+    return generate_all(model, sets, prompts, sampling, extra_words, max_steps, rng, stop)[0]
 
-    Each step reads one row and keeps keys and values; the model should be in eval mode."""
-    prompt, sampling, delay = prompt or Prompt(), sampling or Sampling(), model.config.delay
-    rows = prompt_rows(model, prompt)  # (1, N, C)
-    said = prompt_ids(model, prompt, sampling.faithful)  # (1, V) bool
+
+def generate_all(
+    model: SpokenLM,
+    sets: VocabularySets,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    extra_words: int = 8,
+    max_steps: int | None = None,
+    rng: RNG = None,
+    stop: int | None = None,
+) -> list[Generated]:
+    """Go on from several prompts of any lengths at once: see converse."""
+    *_, talks = converse(model, sets, prompts, sampling, extra_words, max_steps, rng, stop)
+    return [talk.result(sets.tokenizer) for talk in talks]
+
+
+@torch.inference_mode()
+def converse(
+    model: SpokenLM,
+    sets: VocabularySets,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    extra_words: int = 8,
+    max_steps: int | None = None,
+    rng: RNG = None,
+    stop: int | None = None,
+) -> Iterator[list[Talk]]:
+    """Go on from each prompt; end at a sentence end once extra_words are begun, or anywhere once
+    3 * extra_words are. Yields the same utterances after each row, until all are done.
+
+    max_steps: most text tokens, default 16 for each of those words: the public loop has no such
+    bound. All must fit into the LM's context behind the longest prompt. stop: a token that ends the
+    text, once a word is begun. rng: with one for each prompt, or if nothing is drawn, an item gives
+    what it gives alone; with one for all, draws are independent, but depend on the company.
+
+    Each step reads one row and keeps keys and values; what has ended keeps its place in the batch,
+    and its further rows go nowhere. The model should be in eval mode."""
+    sampling, delay = sampling or Sampling(), model.config.delay
+    rows, keep = prompt_batch(model, prompts)  # (B, N, C), (B, N)
+    B, N, _ = rows.shape
+    said = torch.cat([prompt_ids(model, p, sampling.faithful) for p in prompts])  # (B, V) bool
     steps = STEPS_PER_WORD * 3 * extra_words if max_steps is None else max_steps
-    steps = min(steps, model.config.llm.max_tokens - rows.shape[1] - delay)
+    steps = min(steps, model.config.llm.max_tokens - N - delay)
     if extra_words < 1 or steps < 1:
-        raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {rows.shape[1]} rows")
-    goes_on = prompt.ids is not None and prompt.prefix is None and not sampling.faithful
-    talk = Talk(prompt.history(rows.device), delay, extra_words, steps, goes_on, stop)
-    caches = model.llm.new_caches(rows.shape[1] + steps + delay)
+        raise ValueError(f"no room: {extra_words=}, {max_steps=}, prompt of {N} rows")
+    if isinstance(rng, Sequence) and len(rng) != B:
+        raise ValueError(f"{len(rng)} generators for {B} prompts: wanted one for all, or for each")
+    goes_on = [p.ids is not None and p.prefix is None and not sampling.faithful for p in prompts]
+    talks = [
+        Talk(prompt.history(rows.device), delay, extra_words, steps, glued, stop)
+        for prompt, glued in zip(prompts, goes_on, strict=True)
+    ]
+    never, caches = sets.never(stop).to(rows.device), model.llm.new_caches(N + steps + delay)
+
+    def write(logits: Tensor, said: Tensor, rng: torch.Generator | None) -> Tensor:
+        return next_text(logits, said, sampling, rng)
+
+    def say(hidden: Tensor, rng: torch.Generator | None) -> Tensor:
+        return model.head.say(hidden, model.quantizer, sampling.code_temperature, rng)
+
     while True:
-        hidden = model.llm(embeddings=rows, caches=caches)[:, -1]  # (1, C)
-        token, text = IGNORE, model.pad_text[None]  # behind the last word, as in training
-        if not talk.waiting:
-            never = talk.never(sets).to(rows.device)
-            if stop is not None and not talk.words:
-                never = never.index_fill(0, torch.tensor(stop, device=never.device), True)
-            logits = model.llm.logits(hidden).float().masked_fill(never, -torch.inf)
-            chosen = next_text(logits, said, sampling, rng)  # (1,)
-            said[:, chosen], token = True, int(chosen)
-            text = model.llm.embed(chosen)  # (1, C)
-        if talk.push(token, sets) and talk.heard == len(talk.codes):
-            heat = sampling.code_temperature
-            talk.codes += model.head.say(hidden, model.quantizer, heat, rng)  # of one word, (Q,)
-        if talk.done:
-            return talk.result(sets.tokenizer)
-        rows = model.fuse(text, sound(model, talk))[:, None]  # (1, 1, C)
+        hidden = model.llm(embeddings=rows, keep=keep, caches=caches)[:, -1]  # (B, C)
+        tokens, text = [IGNORE] * B, model.pad_text.float().repeat(B, 1)  # (B, C): no text
+        if asked := [b for b, talk in enumerate(talks) if not talk.waiting]:
+            logits = model.llm.logits(hidden[asked]).float()  # (n, V)
+            logits = logits.masked_fill(never[[talks[b].rule for b in asked]], -torch.inf)
+            chosen = by_row(write, rng, asked, logits, said[asked])  # (n,)
+            said[asked, chosen], text[asked] = True, model.llm.embed(chosen).float()
+            for b, token in zip(asked, chosen.tolist(), strict=True):
+                tokens[b] = token
+        going = [b for b, talk in enumerate(talks) if not talk.done]
+        begun = [b for b in going if talks[b].push(tokens[b], sets) and talks[b].lacks_codes]
+        if begun:
+            codes = by_row(say, rng, begun, hidden[begun])  # (n, Q), of one word each
+            for b, own in zip(begun, codes, strict=True):
+                talks[b].codes.append(own)
+        yield talks
+        if all(talk.done for talk in talks):
+            return
+        rows = model.fuse(text, sound(model, talks))[:, None]  # (B, 1, C)
+        keep = None if keep is None else F.pad(keep, (0, 1), value=True)  # (B, t)
 
 
-def sound(model: SpokenLM, talk: Talk) -> Tensor:
-    """What is heard in the next row (1, A)."""
-    if talk.heard < 0:
-        return model.pad_audio[None]
-    return model.quantizer.decode(talk.codes[talk.heard][None, None])[0]
+def by_row(draw: Callable[..., Tensor], rng: RNG, items: list[int], *x: Tensor) -> Tensor:
+    """draw(*x, rng) for x (n, ...), or row by row if each of the items has an rng of its own."""
+    if not isinstance(rng, Sequence):
+        return draw(*x, rng)
+    return torch.cat([draw(*(y[i : i + 1] for y in x), rng[b]) for i, b in enumerate(items)])
+
+
+def sound(model: SpokenLM, talks: list[Talk]) -> Tensor:
+    """What is heard in the next row (B, A)."""
+    audio = model.pad_audio.float().repeat(len(talks), 1)  # (B, A)
+    if hears := [b for b, talk in enumerate(talks) if talk.heard >= 0]:
+        codes = torch.stack([talks[b].codes[talks[b].heard] for b in hears])  # (n, Q)
+        audio[hears] = model.quantizer.decode(codes[:, None])[:, 0].float()
+    return audio
+
+
+def prompt_batch(model: SpokenLM, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
+    """-> what the Llama reads first (B, N, C), and which of it is real (B, N); None: all."""
+    if not prompts:
+        raise ValueError("no prompts; Prompt() begins from nothing")
+    rows = [prompt_rows(model, prompt)[0] for prompt in prompts]  # (N_i, C) each
+    x = pad_sequence(rows, batch_first=True, padding_side="left")  # (B, N, C)
+    gaps = torch.tensor([[x.shape[1] - len(own)] for own in rows], device=x.device)  # (B, 1)
+    keep = torch.arange(x.shape[1], device=x.device) >= gaps
+    return x, None if bool(keep.all()) else keep
 
 
 def prompt_ids(model: SpokenLM, prompt: Prompt, faithful: bool) -> Tensor:

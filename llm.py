@@ -311,7 +311,7 @@ def pick(
     if top_p < 1:
         falling, order = p.sort(-1, descending=True)
         above = F.pad(falling.cumsum(-1), (1, -1))  # probability of all that are more likely
-        p = p.masked_fill((above >= top_p).gather(-1, order.argsort(-1)), 0.0)
+        p = p.scatter(-1, order, falling.masked_fill(above >= top_p, 0.0))  # in their old places
     return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=rng).view(p.shape[:-1])
 
 

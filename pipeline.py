@@ -3,26 +3,28 @@
     wav (S,) 16 kHz --transcribe--> text --encode--> Speech(words, codes (W, Q), voice (X,))
     Speech --reply--> more words and codes, same voice      the spoken LM, see spoken_lm.py
     Speech --speak--> wav (S',) 22.05 kHz                   unit decoder, flow, HiFT
+    reply_stream --parts--> stream: the same, sentence by sentence while the LM goes on
 
 Long recordings are cut at their quietest moments, long texts at sentence ends, because the models
 know pieces of a few seconds; every piece goes through the same path and the results are joined.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import audio
 import text
-from continuation import Prompt, Sampling, VocabularySets, generate
+from continuation import RNG, Prompt, Sampling, Talk, converse, generate_all
 from data import keep_mask, pad
 from llm import LlamaConfig
 from spoken_lm import SpokenLM, SpokenLMConfig
 from tokenizer import Frontend, load_tokenizer
+from vocabulary import Decoder, VocabularySets
 from vocoder import load_vocoder
 from weights import as_config, load_model, read_config
 
@@ -32,6 +34,7 @@ WINDOW_S = 8.0  # longest piece that is heard at once
 WORDS = 10  # longest piece that is spoken at once, as in the training corpus
 SILENCE_RMS = 1e-3  # of full scale
 PAUSE_S = 0.1  # between two pieces that are spoken one after the other
+FADE = 110  # samples, 5 ms, of a piece into a pause
 TOP_K, TEMPERATURE = 25, 0.2  # of the units, by WER on dev; the published code draws at 1.0
 SAMPLING = Sampling(0.8, 0.95, 1.0, 0.5)  # of words and codes
 
@@ -52,7 +55,7 @@ class Speech:
     def join(self, other: "Speech") -> "Speech":
         """Both, one after the other, in the voice of the other."""
         words = [*self.words[:-1], *(w + other.glue for w in self.words[-1:]), *other.words]
-        codes = None
+        codes = None if other.words else self.codes
         if self.codes is not None and other.codes is not None:
             codes = torch.cat([self.codes.to(other.codes.device), other.codes])
         return Speech(words, codes, other.voice)
@@ -85,14 +88,38 @@ def cut(wav: Tensor, window_s: float = WINDOW_S) -> list[Tensor]:
     return [*pieces, wav]
 
 
-def sentences(words: list[str], longest: int = WORDS) -> list[tuple[int, int]]:
-    """Spans of words to speak at once: to a full stop, or to `longest` words."""
-    spans, first = [], 0
-    for i, word in enumerate(words, 1):
-        if word.endswith(".") or i - first == longest or i == len(words):
-            spans.append((first, i))
-            first = i
-    return spans
+def pieces(
+    parts: Iterable[Speech], ends: tuple[str, ...] = (".",), longest: int = WORDS, least: int = 1
+) -> Iterator[Speech]:
+    """Parts of one utterance as they come -> what to speak at once, each as soon as it is whole: to
+    a word that ends in one of `ends`, if it is the `least`-th or later, or to `longest` words."""
+    waiting = None
+    for part in parts:
+        waiting, first = part if waiting is None else waiting.join(part), 0
+        for i, word in enumerate(waiting.words, 1):
+            if i - first == longest or (i - first >= least and word.endswith(ends)):
+                yield waiting.part(first, i)
+                first = i
+        waiting = waiting.part(first, len(waiting.words))
+    if waiting is not None and waiting.words:
+        yield waiting
+
+
+def known(
+    talks: Iterator[list[Talk]], tokenizer: Decoder, voice: Tensor
+) -> Iterator[tuple[Speech, bool]]:
+    """One utterance that grows -> its words as soon as they have codes, and whether the utterance
+    ended by itself with them. The first part has no words, but the glue for the prompt's last one."""
+    told = -1
+    for (talk,) in talks:
+        if told < 0 and talk.words:
+            yield Speech([], None, voice, talk.word(-1, tokenizer)), False
+            told = 0
+        if talk.ready > told >= 0:
+            words = [talk.word(w, tokenizer) for w in range(told, talk.ready)]
+            codes = torch.stack(talk.codes[talk.first + told :])
+            yield Speech(words, codes, voice), talk.done and talk.ended
+            told = talk.ready
 
 
 def share(words: list[str], heard: list[str]) -> list[list[str]]:
@@ -123,6 +150,21 @@ def transcribe(frontend: Frontend, wavs: list[Tensor], size: int = 25) -> list[s
     for (_, i, _), line in zip(pieces, said, strict=True):
         rows[i].append(line)
     return [" ".join(filter(None, row)) for row in rows]
+
+
+def with_pauses(said: Iterable[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
+    """Pieces, (S_i,) and whether each ended by itself -> the same, faded into short pauses."""
+    fade, silence = audio.Crossfade(FADE), torch.zeros(int(PAUSE_S * audio.VOCODER_RATE))
+    for i, (wav, ended) in enumerate(said):
+        pause = fade.push(silence) if i else wav[:0]
+        yield torch.cat([pause, fade.push(wav)]), ended
+    yield fade.held, True
+
+
+def joined(said: Iterable[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
+    """Pieces -> one wav (S,), and whether all of them ended by themselves."""
+    wavs, ended = zip(*said, strict=True)
+    return torch.cat(wavs), all(ended)
 
 
 class Pipeline:
@@ -214,25 +256,46 @@ class Pipeline:
         )  # fmt: skip
         return list(zip(units, stopped.tolist(), strict=True))
 
+    def stream(
+        self, parts: Iterable[Speech], rng: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Parts of one utterance as they come -> wav (S,) at 22.05 kHz of each sentence as soon as
+        its words are there, and whether it ended by itself."""
+
+        def spoken() -> Iterator[tuple[Tensor, bool]]:
+            for piece in pieces(parts):
+                ((units, ended),) = self.units([piece], rng)
+                yield self.vocoder(units, piece.voice.to(self.device), rng).cpu(), ended
+
+        return with_pauses(spoken())
+
     def speak(self, speech: Speech, rng: torch.Generator | None = None) -> tuple[Tensor, bool]:
-        """-> wav (S,) at 22.05 kHz, and whether every piece ended by itself."""
-        return self.speak_all([speech], rng)[0]
+        """-> wav (S,) at 22.05 kHz, and whether every piece ended by itself: all of stream()."""
+        return joined(self.stream([speech], rng))
 
     def speak_all(
         self, speeches: list[Speech], rng: torch.Generator | None = None
     ) -> list[tuple[Tensor, bool]]:
-        """Several at once, which is faster; all with codes or all without -> for each as speak."""
-        spans = [sentences(speech.words) for speech in speeches]
-        pieces = [s.part(*span) for s, own in zip(speeches, spans, strict=True) for span in own]
-        units = iter(self.units(pieces, rng))
-        pause, out = int(PAUSE_S * audio.VOCODER_RATE), []
-        for speech, own in zip(speeches, spans, strict=True):
-            voice, said = speech.voice.to(self.device), list(islice(units, len(own)))
-            wavs = [F.pad(self.vocoder(u, voice, rng).cpu(), (0, pause)) for u, _ in said]
-            out.append((torch.cat(wavs)[:-pause], all(ended for _, ended in said)))
+        """Several at once, which is faster; all with codes or all without -> for each as speak,
+        with other draws."""
+        own = [[*pieces([speech])] for speech in speeches]
+        units, out = iter(self.units([piece for some in own for piece in some], rng)), []
+        for speech, some in zip(speeches, own, strict=True):
+            voice = speech.voice.to(self.device)
+            said = (
+                (self.vocoder(u, voice, rng).cpu(), ended) for u, ended in islice(units, len(some))
+            )
+            out.append(joined(with_pauses(said)))
         return out
 
-    @torch.inference_mode()
+    def start(self, prompt: Speech | None) -> Prompt:
+        """What the spoken LM reads first."""
+        if prompt is None:
+            return Prompt()
+        row = text.align_words(prompt.text, self.lm_tokens, self.lm_tokens)
+        ids, word_ids = torch.tensor(row.llm_ids), torch.tensor(row.llm_word_ids)
+        return Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
+
     def reply(
         self,
         prompt: Speech | None,
@@ -243,10 +306,33 @@ class Pipeline:
     ) -> tuple[Speech, bool]:
         """Go on from the prompt, or begin -> the new words with their codes, and whether they came
         to an end by themselves."""
-        start = Prompt()
-        if prompt is not None:
-            row = text.align_words(prompt.text, self.lm_tokens, self.lm_tokens)
-            ids, word_ids = torch.tensor(row.llm_ids), torch.tensor(row.llm_word_ids)
-            start = Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
-        out = generate(self.lm, self.sets, start, sampling, extra_words, rng=rng)
-        return Speech(out.words, out.codes.cpu(), voice, out.glue), out.ended
+        return self.reply_all([prompt], extra_words, sampling, [voice], rng)[0]
+
+    def reply_all(
+        self,
+        prompts: Sequence[Speech | None],
+        extra_words: int,
+        sampling: Sampling,
+        voices: Sequence[Tensor],
+        rng: RNG = None,
+    ) -> list[tuple[Speech, bool]]:
+        """Several at once, which is faster -> for each as reply. rng: see converse."""
+        starts = [self.start(prompt) for prompt in prompts]
+        found = generate_all(self.lm, self.sets, starts, sampling, extra_words, rng=rng)
+        return [
+            (Speech(out.words, out.codes.cpu(), voice, out.glue), out.ended)
+            for out, voice in zip(found, voices, strict=True)
+        ]
+
+    def reply_stream(
+        self,
+        prompt: Speech | None,
+        extra_words: int,
+        sampling: Sampling,
+        voice: Tensor,
+        rng: torch.Generator | None = None,
+    ) -> Iterator[tuple[Speech, bool]]:
+        """The same reply word by word: see known()."""
+        starts = [self.start(prompt)]
+        talks = converse(self.lm, self.sets, starts, sampling, extra_words, rng=rng)
+        return known(talks, self.sets.tokenizer, voice)

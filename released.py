@@ -12,7 +12,7 @@ ends; and every loop ends. The published code puts words after 30 s on no sound 
 [TASTE: Tseng et al. 2025, arXiv:2504.07053; numbers: TASTE-SpokenLM 301bce2]
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from torch import Tensor
 import audio
 import text
 import whisper_dec
-from continuation import Prompt, Sampling, VocabularySets, generate
-from pipeline import Speech, cut, share
+from continuation import Prompt, Sampling, converse, generate
+from pipeline import Speech, cut, known, pieces, share
 from public import open_public
 from speaker import CAMPlus
 from spoken_lm import IGNORE, SpokenLM
 from tokenizer import SpeechTokenizer
+from vocabulary import VocabularySets
 from vocoder import Vocoder
 from weights import read_json
 from whisper_dec import WhisperDecoder
@@ -39,6 +40,8 @@ SAMPLING = Sampling(temperature=0.5, top_p=0.3, repetition_penalty=1.1, faithful
 WORDS = 8  # new ones at least, its README
 POSITIONS = 5000  # rows of the published unit decoder's position table
 MAX_RATIO = 20  # units for each position of its prompt, at most
+CLAUSE_ENDS, SHORTEST, LONGEST = tuple(".,;:?!"), 3, 12  # words of a clause that is spoken alone
+FADE = 220  # samples, 10 ms, of a clause into the next
 PREFIX = ("startoftranscript", "en", "transcribe", "notimestamps")
 
 
@@ -107,8 +110,10 @@ class Tidy:
 
 
 class Released:
-    def __init__(self, models: Models, faithful: bool = True) -> None:
-        self.models, self.faithful = models, faithful
+    def __init__(self, models: Models, faithful: bool = True, short: bool = False) -> None:
+        """short: recordings are heard without silence behind them, which is quicker, and not what
+        the weights were trained on."""
+        self.models, self.faithful, self.short = models, faithful, short
         llm = models.lm.llm
         self.device = llm.embed.weight.device
         llm.config = replace(llm.config, rope_bf16=faithful)  # see llm.frequencies
@@ -119,7 +124,9 @@ class Released:
     def mel(self, wav: Tensor, encoder: WhisperEncoder) -> Tensor:
         """wav (S,) at 16 kHz -> (1, M, F), all that the encoder can take; the rest is cut off."""
         # Quirk: silence up to 30 s is heard like sound, there is no mask.
-        mel = audio.whisper_mel(wav, encoder.cfg.n_mels, pad_s=window_s(encoder))
+        wav = wav[: round(window_s(encoder) * audio.WHISPER_RATE)]
+        pad_s = None if self.short else window_s(encoder)
+        mel = audio.whisper_mel(wav, encoder.cfg.n_mels, pad_s)
         return mel[None].to(self.device, encoder.conv1.weight.dtype)
 
     @torch.inference_mode()
@@ -181,6 +188,28 @@ class Released:
         last, taps = m.encoder(mel, taps=m.tokenizer.config.aggregator.value_layers)
         return m.tokenizer.encode(*self.ids(words, m.asr_tokens), last, taps)[0]
 
+    def start(
+        self,
+        prompt: Speech | None,
+        sampling: Sampling,
+        around: tuple[str, str] | None,
+        stop: str | None,
+    ) -> tuple[SpokenLM, VocabularySets, Prompt, Sampling, int | None]:
+        """What generation needs; the last one is the id of stop."""
+        tokens, start, sets = self.models.lm_tokens, Prompt(), self.sets
+        if prompt is not None:
+            (ids,), (word_ids,) = self.ids(prompt.words, tokens)
+            start = Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
+        if around is not None:
+            both = [torch.tensor(tokens.encode(x, special=True), dtype=torch.long) for x in around]
+            start = replace(start, prefix=both[0], suffix=both[1])
+        if stop is not None and stop not in tokens.special:
+            raise ValueError(f"stop={stop!r} is no special token of this tokenizer")
+        end = None if stop is None else tokens.special[stop]
+        if end is not None and not self.faithful:  # the public rules never ban but <|end_of_text|>
+            sets = replace(sets, banned=sets.banned.index_fill(0, torch.tensor(end), False))
+        return self.models.lm, sets, start, replace(sampling, faithful=self.faithful), end
+
     def reply(
         self,
         prompt: Speech | None,
@@ -196,21 +225,24 @@ class Released:
         it, instruct; else audio. stop: the token that ends an instructed answer.
 
         ValueError: the prompt does not fit, or no such token."""
-        tokens, start, sets = self.models.lm_tokens, Prompt(), self.sets
-        if prompt is not None:
-            (ids,), (word_ids,) = self.ids(prompt.words, tokens)
-            start = Prompt(ids, word_ids if prompt.codes is not None else None, prompt.codes)
-        if around is not None:
-            both = [torch.tensor(tokens.encode(x, special=True), dtype=torch.long) for x in around]
-            start = replace(start, prefix=both[0], suffix=both[1])
-        if stop is not None and stop not in tokens.special:
-            raise ValueError(f"stop={stop!r} is no special token of this tokenizer")
-        end = None if stop is None else tokens.special[stop]
-        if end is not None and not self.faithful:  # the public rules never ban but <|end_of_text|>
-            sets = replace(sets, banned=sets.banned.index_fill(0, torch.tensor(end), False))
-        sampling = replace(sampling, faithful=self.faithful)
-        out = generate(self.models.lm, sets, start, sampling, extra_words, rng=rng, stop=end)
+        lm, sets, start, sampling, end = self.start(prompt, sampling, around, stop)
+        out = generate(lm, sets, start, sampling, extra_words, rng=rng, stop=end)
         return Speech(out.words, out.codes.to(self.device), voice, out.glue), out.ended
+
+    def reply_stream(
+        self,
+        prompt: Speech | None,
+        extra_words: int,
+        sampling: Sampling,
+        voice: Tensor,
+        rng: torch.Generator | None = None,
+        around: tuple[str, str] | None = None,
+        stop: str | None = None,
+    ) -> Iterator[tuple[Speech, bool]]:
+        """The same reply word by word: see pipeline.known()."""
+        lm, sets, start, sampling, end = self.start(prompt, sampling, around, stop)
+        talks = converse(lm, sets, [start], sampling, extra_words, rng=rng, stop=end)
+        return known(talks, sets.tokenizer, voice)
 
     @torch.inference_mode()
     def predicted(self, speech: Speech) -> Speech:
@@ -263,6 +295,20 @@ class Released:
         said = self.units(speech, rng, **sampling)
         wavs = [self.models.vocoder(units, speech.voice, rng).cpu() for units, _ in said]
         return torch.cat(wavs), all(ended for _, ended in said)
+
+    def stream(
+        self, parts: Iterable[Speech], rng: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Parts of one utterance as they come -> wav (S,) at 22.05 kHz of each clause as soon as
+        its words are there, and whether it ended by itself.
+
+        Not what speak() says: there the unit decoder and the flow know the whole text."""
+        fade = audio.Crossfade(FADE)
+        for piece in pieces(parts, CLAUSE_ENDS, LONGEST, SHORTEST):
+            for units, ended in self.units(piece, rng):
+                wav = self.models.vocoder(units, piece.voice.to(self.device), rng)
+                yield fade.push(wav.cpu()), ended
+        yield fade.held, True
 
 
 def window_s(encoder: WhisperEncoder) -> float:

@@ -5,6 +5,7 @@
     python sample.py --words 6 --seed 3                   no prompt: the model begins
     python sample.py prompt.wav --reconstruct             through the codes and back
     python sample.py a.wav --swap b.wav --words 2:4       the same words, words 2 to 4 as in b.wav
+    python sample.py prompt.wav --stream --out - | aplay  speak while the words come
     python sample.py prompt.wav --model Llama-1B-TASTE-V0/ --asr whisper-large-v3/
 
 The tiny bundle knows its synthetic voices and the 332 words of grammar.py only; of other speech
@@ -15,9 +16,11 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ from released import SAMPLING as PUBLIC
 from released import WORDS, Released, open_models
 from token_swap import mixtures
 
-ROOT = Path(__file__).parent
+ROOT, STDOUT = Path(__file__).parent, Path("-")
 MODES = {
     "audio": "go on from the recording",
     "text": "go on from --text",
@@ -49,7 +52,12 @@ class Config:
         "new words at least, it goes on to the end of the sentence; with --swap: FIRST:LAST, both "
         "included, counted from 1",
     )
-    out: Path = flag(Path("continuation.wav"), "where the sound goes")
+    out: Path = flag(
+        Path("continuation.wav"), "where the sound goes; -: to the standard output, for a player"
+    )
+    stream: bool = flag(
+        False, "speak each sentence, with --model each clause, as soon as its words are there"
+    )
     swap: Path = flag(
         Path(),
         "a recording of the same words: exchange the codes of --words, and write OUT_a.wav, "
@@ -67,6 +75,9 @@ class Config:
     model: Path = flag(Path(), "folder of the released system, Llama-1B-TASTE-V0")
     asr: Path = flag(Path(), "with --model: folder of whisper-large-v3")
     fixed: bool = flag(False, "with --model: without the bugs of the published inference")
+    short_window: bool = flag(
+        False, "with --model: hear the recording without silence up to 30 s: quicker, other codes"
+    )
     through_lm: bool = flag(False, "with --model --reconstruct: the codes that the LM expects")
     new_only: bool = flag(False, "do not say the prompt again before what is new")
     prefix: str = flag(
@@ -112,6 +123,8 @@ def check(cfg: Config) -> None:
     if cfg.wav is None and (cfg.reconstruct or (cfg.text and cfg.mode != "text")):
         raise ValueError("--reconstruct and --text need a recording: python sample.py prompt.wav")
     check_mode(cfg)
+    if cfg.out == STDOUT:
+        return
     if cfg.out.suffix != ".wav":
         raise ValueError(f"--out {cfg.out}: wanted a name that ends in .wav")
     if not cfg.out.absolute().parent.is_dir():
@@ -133,13 +146,18 @@ def check_mode(cfg: Config) -> None:
     """Refuse flags that do not go together."""
     if cfg.swap != Path() and (cfg.wav is None or cfg.reconstruct or cfg.mode != "audio"):
         raise ValueError("--swap needs a recording, and neither --reconstruct nor --mode")
+    if cfg.swap != Path() and (cfg.stream or cfg.out == STDOUT):
+        raise ValueError("--swap writes four files: leave out --stream and --out -")
     given = cfg.model != Path()
     if given != (cfg.asr != Path()):
         raise ValueError("--model and --asr go together: the released system does not recognize")
     if given and cfg.wav is None:
         raise ValueError("--model needs a recording, if only for its voice")
-    if not given and (cfg.fixed or cfg.through_lm or cfg.mode == "instruct"):
-        raise ValueError("--fixed, --through-lm and --mode instruct need --model")
+    for name in ("fixed", "through_lm", "short_window"):
+        if getattr(cfg, name) and not given:
+            raise ValueError(f"--{name.replace('_', '-')} needs --model")
+    if cfg.mode == "instruct" and not given:
+        raise ValueError("--mode instruct needs --model")
     if cfg.through_lm and not cfg.reconstruct:
         raise ValueError("--through-lm says what --reconstruct does")
     if cfg.reconstruct and cfg.mode != "audio":
@@ -156,7 +174,7 @@ def open_system(cfg: Config, device: torch.device) -> Pipeline | Released:
     """The models of the flags, loaded."""
     if cfg.model != Path():
         models = open_models(cfg.model, cfg.asr, device)
-        return Released(models, not cfg.fixed)
+        return Released(models, not cfg.fixed, cfg.short_window)
     tokenizer = cfg.bundle / "tokenizer" if cfg.tokenizer == Path() else cfg.tokenizer
     lm = cfg.bundle / "spoken_lm" if cfg.lm == Path() else cfg.lm
     speaks_only = cfg.reconstruct or cfg.swap != Path()
@@ -202,44 +220,104 @@ def swap(cfg: Config, pipeline: Pipeline | Released, speech: Speech) -> None:
         print(f"{name:13} {seconds:.2f} s in {out}{'' if stopped else ', cut at its limit'}")
 
 
-def main() -> None:
-    start = time.monotonic()
-    public = any(word.split("=")[0] == "--model" for word in sys.argv)
-    names = ("taste", "tiny") if public else ("tiny", "taste")  # the first one is the default
-    cfg = parse(Config, {name: PRESETS[name] for name in names}, __doc__)
-    check(cfg)
+def parts_of(
+    cfg: Config, pipeline: Pipeline | Released, speech: Speech | None, wav: Tensor | None
+) -> Iterator[Speech]:
+    """What is to be said: with --stream word by word while the LM goes on, else all at once."""
+    if speech is not None and cfg.reconstruct:
+        yield speech
+        return
+    voice = voice_of(cfg, pipeline, wav) if speech is None else speech.voice
+    rng = torch.Generator(pipeline.device).manual_seed(cfg.seed)
+    penalty, heat = cfg.repetition_penalty, cfg.code_temperature
+    sampling = Sampling(cfg.temperature, cfg.top_p, penalty, heat)
+    given: tuple[Any, ...] = speech, span(cfg)[0], sampling, voice, rng
+    more: dict[str, Any] = {}
+    if cfg.mode == "instruct":
+        more = {"around": (cfg.prefix, cfg.suffix), "stop": cfg.stop or None}
+    before = None if cfg.new_only or cfg.mode != "audio" else speech  # is said again
+    said, rest = list[str](), ""
+    if cfg.stream:
+        replies = pipeline.reply_stream(*given, **more)
+    else:
+        replies = iter([pipeline.reply(*given, **more)])
+    for new, ended in replies:
+        said, rest = [*said, new.glue, *new.words], "" if ended else " ..."
+        yield new if before is None else before.join(new)
+        before = None
+    print(f"continuation  {' '.join(filter(None, said))}{rest}", flush=True)
+
+
+def play(cfg: Config, sound: Iterator[tuple[Tensor, bool]], loaded: float) -> tuple[float, bool]:
+    """Write each piece as it comes -> seconds, and whether all of them ended by themselves."""
+    wav, stopped = next(sound)  # what goes wrong before leaves an older file as it was
+    start, waited = time.monotonic(), 0.0
+    with opened(cfg.out) as out:
+        out.write(wav)
+        for wav, ended in sound:
+            dry = start + waited + out.samples / out.rate  # then a player has nothing left
+            waited += max(0.0, time.monotonic() - dry)
+            stopped &= ended
+            out.write(wav)
+    print(f"first audio   {start - loaded:.2f} s after loading; a player then waits "
+          f"{waited:.2f} s for more")  # fmt: skip
+    return out.samples / out.rate, stopped
+
+
+@contextmanager
+def opened(out: Path) -> Iterator[audio.WavStream]:
+    """A growing wav in a file, or in the standard output."""
+    if out != STDOUT:
+        with open(out, "wb") as file:
+            yield audio.WavStream(file, audio.VOCODER_RATE)
+        return
+    try:  # unbuffered: when a player is closed, nothing is left that would be flushed later
+        with open(1, "wb", buffering=0, closefd=False) as pipe:
+            yield audio.WavStream(cast(BinaryIO, pipe), audio.VOCODER_RATE, pipe=True)
+    except BrokenPipeError as e:
+        raise OSError("--out -: whoever listened has gone") from e
+
+
+def speak(cfg: Config, start: float) -> None:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     wav = None if cfg.wav is None else check_wav(audio.read(cfg.wav, RATE), str(cfg.wav))
     device = pick_device(cfg.device)
     pipeline = open_system(cfg, device)
     loaded = time.monotonic()
-    rng = torch.Generator(device).manual_seed(cfg.seed)
     speech = hear(cfg, pipeline, wav)
     if speech is not None:
         lasts = f"   ({len(wav) / RATE:.2f} s)" if wav is not None else ""
-        print(f"prompt        {speech.text}{lasts}")
+        print(f"prompt        {speech.text}{lasts}", flush=True)
     if speech is not None and cfg.swap != Path():
         swap(cfg, pipeline, speech)
         return
-    if speech is None or not cfg.reconstruct:
-        penalty, heat = cfg.repetition_penalty, cfg.code_temperature
-        sampling = Sampling(cfg.temperature, cfg.top_p, penalty, heat)
-        voice = voice_of(cfg, pipeline, wav) if speech is None else speech.voice
-        more: dict[str, Any] = {}
-        if cfg.mode == "instruct":
-            more = {"around": (cfg.prefix, cfg.suffix), "stop": cfg.stop or None}
-        new, ended = pipeline.reply(speech, span(cfg)[0], sampling, voice, rng, **more)
-        said = f"{new.glue} {new.text}".strip()
-        print(f"continuation  {said}{'' if ended else ' ...'}")
-        alone = cfg.new_only or cfg.mode != "audio"
-        speech = new if speech is None or alone else speech.join(new)
-    spoken, stopped = pipeline.speak(speech, rng)
-    audio.write(cfg.out, spoken, audio.VOCODER_RATE)
-    seconds, spent = len(spoken) / audio.VOCODER_RATE, time.monotonic() - loaded
+    parts, rng = parts_of(cfg, pipeline, speech, wav), torch.Generator(device).manual_seed(cfg.seed)
+    if cfg.stream:
+        seconds, stopped = play(cfg, pipeline.stream(parts, rng), loaded)
+    else:
+        (whole,) = parts
+        spoken, stopped = pipeline.speak(whole, rng)
+        seconds = len(spoken) / audio.VOCODER_RATE
+        if cfg.out == STDOUT:
+            with opened(cfg.out) as out:
+                out.write(spoken)
+        else:
+            audio.write(cfg.out, spoken, audio.VOCODER_RATE)
+    spent = time.monotonic() - loaded
     print(f"audio         {seconds:.2f} s in {cfg.out}{'' if stopped else ', cut at its limit'}")
     print(f"time          {loaded - start:.1f} s to load, {spent:.1f} s to speak: "
           f"{spent / seconds:.2f} x real time")  # fmt: skip
+
+
+def main() -> None:
+    start = time.monotonic()
+    public = any(word.split("=")[0] == "--model" for word in sys.argv)
+    names = ("taste", "tiny") if public else ("tiny", "taste")  # the first one is the default
+    cfg = parse(Config, {name: PRESETS[name] for name in names}, __doc__)
+    check(cfg)
+    with redirect_stdout(sys.stderr if cfg.out == STDOUT else sys.stdout):
+        speak(cfg, start)
 
 
 if __name__ == "__main__":

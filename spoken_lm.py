@@ -31,12 +31,12 @@ import lora
 from fsq import FSQ
 from llm import Llama, LlamaConfig, pick
 from rvq import RVQ
+from vocabulary import LLAMA3_SPECIAL
 from weights import load_strict, match
 
 IGNORE = -1  # label of a position that predicts nothing; also word id and code of padding
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of the Llama that LoRA adapts
 HEADS = ("latent", "token", "token_mse")
-LLAMA3_SPECIAL = 128000  # the first special id of Llama 3, also its sos
 
 
 @dataclass(frozen=True)

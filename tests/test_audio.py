@@ -1,5 +1,7 @@
 """audio.py against the golden front-ends and librosa; file formats; every message."""
 
+import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -300,3 +302,43 @@ def test_a_failed_write_keeps_the_old_file(
     monkeypatch.undo()
     assert audio.read(tmp_path / "a.wav").tolist() == [0.25] * 5
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_growing_wav_is_whole_after_each_write(tmp_path: Path) -> None:
+    wav, path = torch.rand(900) * 2 - 1, tmp_path / "a.wav"
+    with open(path, "wb") as file:
+        out = audio.WavStream(file, 22050)
+        for first in (0, 300, 600):
+            out.write(wav[first : first + 300])
+            heard, rate = audio.read_with_rate(path)
+            assert rate == 22050
+            assert len(heard) == first + 300
+    audio.write(tmp_path / "b.wav", wav, 22050)
+    assert path.read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_a_wav_in_a_pipe_has_no_length_and_can_be_read(tmp_path: Path) -> None:
+    wav, buffer = torch.rand(900) * 2 - 1, io.BytesIO()
+    out = audio.WavStream(buffer, 22050, pipe=True)
+    for first in (0, 300, 600):
+        out.write(wav[first : first + 300])
+    audio.write(tmp_path / "b.wav", wav, 22050)
+    assert buffer.getvalue()[44:] == (tmp_path / "b.wav").read_bytes()[44:]
+    assert buffer.getvalue()[40:44] == b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(buffer.getvalue())
+    assert torch.equal(audio.read(tmp_path / "a.wav", None), audio.read(tmp_path / "b.wav", None))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        out.write(torch.full((5,), math.nan))
+
+
+def test_crossfade_goes_on_without_a_jump() -> None:
+    tone = torch.sin(torch.arange(1000.0) / 9)
+    fade = audio.Crossfade(50)
+    pieces = [fade.push(tone[:400]), fade.push(tone[350:700]), fade.push(tone[650:]), fade.held]
+    assert [len(piece) for piece in pieces] == [350, 300, 300, 50]  # at once all but the overlap
+    torch.testing.assert_close(torch.cat(pieces), tone, rtol=0, atol=1e-6)
+    step = audio.Crossfade(50)
+    joined = torch.cat([step.push(torch.ones(100)), step.push(-torch.ones(100)), step.held])
+    assert joined[:50].eq(1).all()
+    assert joined[-50:].eq(-1).all()
+    assert joined.diff().abs().max() < 0.07  # 2 in one step, if it were cut

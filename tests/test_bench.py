@@ -11,7 +11,8 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 import bench
-from bench_stages import STAGES, TINY, Case, Sizes, size
+from bench_case import TINY, Case, Sizes, size
+from bench_stages import STAGES
 
 CPU = torch.device("cpu")
 LIBRARIES = {
@@ -20,7 +21,7 @@ LIBRARIES = {
     "vector_quantize_pytorch": ("rvq", "fsq"),
     "peft": ("lora",),
 }
-QUICK = replace(TINY, tokens=4, units=24, skip=8, seconds=0.5)
+QUICK = replace(TINY, tokens=4, said=6, batch=3, units=24, skip=3, seconds=0.5)
 QUICK = replace(QUICK, unit_decoder=replace(TINY.unit_decoder, text_blocks=1, lm_blocks=2))
 QUICK = replace(QUICK, flow=replace(TINY.flow, steps=2), hift=replace(TINY.hift, channels=16))
 

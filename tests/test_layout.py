@@ -10,16 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (  # a file imports only from rows above its own
-    "common kv_cache audio pitch text weights grammar",
+    "common kv_cache audio pitch text vocabulary weights grammar",
     "whisper_enc whisper_dec aggregator fsq rvq s3_units speaker unit_decoder flow hift llm lora"
     " synth",
     "tokenizer vocoder spoken_lm metrics",
     "data continuation sizes onnx_file",
-    "public bench_peers",
+    "public bench_peers bench_case",
     "pipeline shards loop",
     "released layer_report token_swap likelihood bench_stages bench_train",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm prepare sample evaluate bench",
+    "train_tiny train_tokenizer train_lm prepare sample evaluate growth bench",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}

@@ -214,6 +214,20 @@ def test_one_window_is_not_touched(models: Models) -> None:
     assert torch.equal(codes, system.encode_mel(system.mel(wav, models.encoder), ["two", "four"]))
 
 
+@torch.inference_mode()
+def test_short_hears_what_is_there_and_no_silence(models: Models) -> None:
+    long, short = Released(models), Released(models, short=True)
+    rate = audio.WHISPER_RATE
+    for seconds in (0.3, 1.005, 1.28, 2.0):
+        wav = torch.randn(round(seconds * rate)) * 0.1
+        padded, heard = (x.mel(wav, models.encoder) for x in (long, short))
+        frames = min(len(wav) // audio.WHISPER_HOP, padded.shape[2])
+        assert heard.shape == (*padded.shape[:2], frames)
+        codes = short.encode_mel(heard, PROMPT)
+        assert codes.shape == (len(PROMPT), 4)
+        assert torch.equal(codes, long.encode_mel(padded, PROMPT)) or frames < padded.shape[2]
+
+
 def test_voice_is_the_mean_of_recordings_of_length_one(system: Released) -> None:
     wavs = [buzz(1.0), buzz(0.7)[3000:]]
     one, other = (system.voice(wav) for wav in wavs)
@@ -328,6 +342,9 @@ INSTRUCT = ("--mode", "instruct", "--prefix", "<30><12><33>", "--suffix", "<9><2
         ([*INSTRUCT, "--stop", "<|endoftext|>"], "one three"),
         (["--reconstruct"], "one three"),
         (["--reconstruct", "--through-lm"], "one three"),
+        (["--stream"], "one three"),
+        (["--short-window"], "one three"),
+        (["--stream", *INSTRUCT], "one three"),
     ],
 )
 def test_every_way_to_run_it(
@@ -348,6 +365,9 @@ def test_every_way_to_run_it(
     assert len(audio.read(path, None)) > 256
     old = (prompt or "").split(" ")
     alone = prompt is None or {"--new-only", "--mode"} & {*argv}
+    if "--stream" in argv:
+        assert "first audio" in out
+        return
     assert (spoken[0][: len(old)] == old) == (not alone)
 
 
@@ -356,9 +376,10 @@ def test_every_way_to_run_it(
     [
         (["--model", "taste"], "--model and --asr"),
         (["--asr", "whisper"], "--model and --asr"),
-        (["--fixed"], "need --model"),
-        (["--through-lm", "--reconstruct"], "need --model"),
-        (INSTRUCT, "need --model"),
+        (["--fixed"], "--fixed needs --model"),
+        (["--through-lm", "--reconstruct"], "--through-lm needs --model"),
+        (["--short-window"], "--short-window needs --model"),
+        (INSTRUCT, "needs --model"),
         ([*PUBLIC, "--through-lm"], "--reconstruct"),
         ([*PUBLIC, "--mode", "text"], "needs --text"),
         ([*PUBLIC, "--mode", "zero", "--reconstruct"], "leave out --mode zero"),

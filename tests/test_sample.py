@@ -1,13 +1,17 @@
 """sample.py and evaluate.py on untrained models: every way to call them, every bad input."""
 
+import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +25,9 @@ import common
 import evaluate
 import pipeline
 import sample
+from continuation import Sampling
 from metrics import mean_and_error, ratio_and_error
+from pipeline import Speech
 
 WAY = ("--reconstruct", "--threads", "1")  # the fastest
 
@@ -205,6 +211,211 @@ def test_a_batch_says_what_single_items_say(
     assert len({tuple(units.tolist()) for units, _ in together}) == 3
 
 
+# --- streaming -----------------------------------------------------------------------------------
+
+
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of at most three words, so that a short answer has several."""
+    monkeypatch.setattr(pipeline.pieces, "__defaults__", ((".",), 3, 1))
+
+
+@pytest.mark.parametrize(
+    "argv", [("--words", 5), ("--words", 5, "--new-only"), ("--reconstruct",), ()], ids=str
+)
+def test_the_stream_is_the_whole_to_the_bit(
+    argv: tuple[object, ...], call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talkative(monkeypatch)
+    prompt = (tiny_bundle / "prompt.wav",) if argv else ()
+    code, whole, _, path = call(*prompt, *argv)
+    assert code == 0
+    code, streamed, err, other = call(*prompt, *argv, "--stream", out="out/y.wav")
+    assert (code, err) == (0, "")
+    assert other.read_bytes() == path.read_bytes()
+    lines = [line for line in whole.splitlines() if line.startswith(("prompt", "continuation"))]
+    assert [x for x in streamed.splitlines() if x in lines] == lines
+    assert "first audio   " in streamed
+    assert "first audio" not in whole
+
+
+def test_the_stream_says_the_prompt_first(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+
+    def units(system: pipeline.Pipeline, parts: list[Speech], rng: torch.Generator) -> object:
+        said.extend(word for part in parts for word in part.words)
+        return its_own(system, parts, rng)
+
+    its_own = pipeline.Pipeline.units
+    monkeypatch.setattr(pipeline.Pipeline, "units", units)
+    prompt, flags = tiny_bundle / "prompt.wav", ("--text", "two dogs", "--stream", "--words", 1)
+    _, out, *_ = call(prompt, *flags)
+    new = re.findall(r"continuation  (.*?)(?: \.\.\.)?\n", out)[0]
+    assert " ".join(said) in (f"two dogs {new}", f"two dogs{new}")  # new may begin with a full stop
+    said.clear()
+    call(prompt, *flags, "--new-only")
+    assert said == new.removeprefix(". ").split()
+
+
+def test_a_reply_that_comes_in_parts_is_the_whole_reply(tiny_bundle: Path) -> None:
+    system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer", tiny_bundle / "spoken_lm")
+    prompt, glues = system.encode(speech(1.0), "two dogs run"), set[str]()
+    for seed, start in itertools.product(range(40), (prompt, None)):
+        rngs = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        given = start, 2, Sampling(9.0, 1.0, 1.0, 1.0), prompt.voice
+        whole, ended = system.reply(*given, rngs[0])
+        parts = [*system.reply_stream(*given, rngs[1])]
+        assert [end for _, end in parts] == [False] * (len(parts) - 1) + [ended]
+        assert (parts[0][0].words, parts[0][0].glue) == ([], whole.glue)
+        joined, want = prompt, prompt.join(whole)
+        for part, _ in parts:
+            joined = joined.join(part)
+        assert joined.codes is not None
+        assert want.codes is not None
+        assert joined.words == want.words
+        assert torch.equal(joined.codes, want.codes)
+        glues.add(whole.glue)
+    assert glues == {"", "."}
+
+
+def test_a_sentence_is_written_before_the_next_words_are_made(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happened, in order: words become known, sound is written."""
+    talkative(monkeypatch)
+    events = list[str]()
+
+    def known(*given: Any) -> Iterator[tuple[Speech, bool]]:
+        for part, ended in its_own(*given):
+            events.extend("w" * len(part.words))
+            yield part, ended
+
+    def write(out: audio.WavStream, wav: torch.Tensor) -> None:
+        events.append("S")
+        its_write(out, wav)
+
+    its_own, its_write = pipeline.known, audio.WavStream.write
+    monkeypatch.setattr(pipeline, "known", known)
+    monkeypatch.setattr(audio.WavStream, "write", write)
+    flags = ("--text", "two dogs run", "--words", 6, "--stream", "--new-only")
+    assert call(tiny_bundle / "prompt.wav", *flags)[0] == 0
+    order = "".join(events)
+    assert order.index("S") <= 3
+    assert "w" in order[order.index("S") :]
+    assert order.count("S") >= 3
+
+
+def test_an_interrupted_stream_leaves_a_wav_of_what_was_said(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talkative(monkeypatch)
+    flags = (tiny_bundle / "prompt.wav", "--text", "two dogs run. a cat sleeps.", "--reconstruct")
+    whole = audio.read(call(*flags, out="out/y.wav")[3], None)
+    said = list[int]()
+
+    def units(*given: Any) -> object:
+        said.append(1)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        return its_own(*given)
+
+    its_own = pipeline.Pipeline.units
+    monkeypatch.setattr(pipeline.Pipeline, "units", units)
+    code, _, err, path = call(*flags, "--stream")
+    assert (code, err) == (130, "interrupted\n")
+    begun = audio.read(path, None)
+    assert 1000 < len(begun) < len(whole)
+    assert torch.equal(begun, whole[: len(begun)])
+
+
+def test_an_error_before_the_first_sound_leaves_an_older_file(
+    call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.wav").write_bytes(b"older")
+
+    def broken(*_: object) -> None:
+        raise ValueError("no units to speak")
+
+    monkeypatch.setattr(pipeline.Pipeline, "units", broken)
+    code, _, err, path = call("--stream")
+    assert (code, err) == (2, "error: no units to speak\n")
+    assert path.read_bytes() == b"older"
+
+
+def test_through_a_pipe(tiny_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "sample.py", "--bundle", tiny_bundle, "--threads", 1]
+    command += [tiny_bundle / "prompt.wav", "--reconstruct", "--out", "-"]
+    words = [str(word) for word in command]
+    whole = subprocess.run(words, cwd=ROOT, capture_output=True)
+    assert whole.returncode == 0
+    assert b"audio         " in whole.stderr
+    (tmp_path / "x.wav").write_bytes(whole.stdout)
+    assert len(audio.read(tmp_path / "x.wav", None)) > 1000
+    streamed = subprocess.run([*words, "--stream"], cwd=ROOT, capture_output=True)
+    assert streamed.stdout == whole.stdout
+    with subprocess.Popen(
+        [*words, "--stream"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as player:
+        assert player.stdout is not None
+        assert player.stderr is not None
+        player.stdout.close()  # before anything is said
+        told = player.stderr.read().decode()
+        assert player.wait() == 2
+    assert told.endswith("error: --out -: whoever listened has gone\n")
+    assert "Traceback" not in told
+
+
+def spoken(*parts: str, glue: str = "") -> list[Speech]:
+    voice = torch.zeros(2)
+    made = [Speech(x.split(), torch.zeros(len(x.split()), 3).long(), voice) for x in parts]
+    return [made[0], *(replace(part, glue=glue) for part in made[1:2]), *made[2:]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "pieces"),
+    [
+        (spoken("a b. c"), ["a b.", "c"]),
+        (spoken("a b", "c. d", "e"), ["a b c.", "d e"]),
+        (spoken("a b", "c", glue="."), ["a b.", "c"]),  # it ends a sentence of the prompt
+        (spoken("a b c d", "e. f."), ["a b c", "d e.", "f."]),
+        (spoken("", "a"), ["a"]),
+        (spoken(""), []),
+    ],
+)
+def test_pieces_do_not_depend_on_how_the_words_come(parts: list[Speech], pieces: list[str]) -> None:
+    found = [*pipeline.pieces(parts, longest=3)]
+    assert [piece.text for piece in found] == pieces
+    assert all(p.codes is not None and len(p.codes) == len(p.words) for p in found)
+    together = parts[0]
+    for part in parts[1:]:
+        together = together.join(part)
+    assert [piece.text for piece in pipeline.pieces([together], longest=3)] == pieces
+
+
+def test_clauses_have_some_words() -> None:
+    (speech,) = spoken("so, a big dog runs, and a cat sleeps here. yes.")
+    found = [piece.text for piece in pipeline.pieces([speech], (",", "."), 12, 3)]
+    assert found == ["so, a big dog runs,", "and a cat sleeps here.", "yes."]
+
+
+def test_several_replies_are_those_of_single_prompts(tiny_bundle: Path) -> None:
+    system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer", tiny_bundle / "spoken_lm")
+    short = system.encode(speech(1.0), "two dogs run.")
+    prompts = [None, short, system.encode(speech(2.5), "the child sees a big red ball"), short]
+    calm, voices = Sampling(0.0, 1.0, 1.2, 0.0), [torch.full((4,), i / 9) for i in range(4)]
+    together = system.reply_all(prompts, 2, calm, voices)
+    for prompt, voice, (new, ended) in zip(prompts, voices, together, strict=True):
+        alone, alone_ended = system.reply(prompt, 2, calm, voice)
+        assert (new.words, new.glue, ended) == (alone.words, alone.glue, alone_ended)
+        assert new.codes is not None
+        assert alone.codes is not None
+        assert torch.equal(new.codes, alone.codes)
+        assert new.voice is voice
+    assert len({new.text for new, _ in together}) > 1
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -272,6 +483,7 @@ def test_the_current_folder_is_no_recording(call: Callable) -> None:
         (["--device", "gpu"], "--device gpu"),
         (["--reconstruct"], "need a recording"),
         (["--text", "two dogs"], "need a recording"),
+        (["--swap", "b.wav", "--stream", "--words", "1"], "--swap"),
     ],
 )
 def test_flags_that_cannot_be_used(argv: list[str], fragment: str, call: Callable) -> None:

@@ -1,0 +1,276 @@
+"""How the cost of speaking grows, and what the cache and the batch of the spoken LM are worth.
+
+    python growth.py                              the tiny bundle: seconds and memory against
+        prompt    its length, 1 s to 3 min: transcribe and encode
+        words     that are generated, 8 to 512: reply, then speak
+        batch     of prompts, 1 to 32, each continued by 8 words: reply, then speak
+    python growth.py --only lm --size full        64 words after 30, random weights: one cached row
+                                                  per token, the published loop, a batch of 8
+
+`power`: the p of time ~ size^p between a row and the one above; 1 is linear. Memory is what
+a call takes beside the weights, at most. Tables and a picture go to benchmarks/growth*.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+import audio
+from common import flag, parse, pick_device, positive, run
+from continuation import Prompt, Sampling, generate_all
+from llm import TINY as TINY_LLM
+from llm import LlamaConfig
+from pipeline import RATE, SAMPLING, Pipeline
+from rvq import RVQ, RVQConfig
+from spoken_lm import SpokenLM, SpokenLMConfig
+from vocabulary import VocabularySets
+from weights import write_atomic
+
+SECONDS = (1, 2, 5, 10, 30, 60, 180)
+WORDS = (8, 16, 32, 64, 128, 256, 512)
+BATCH = (1, 2, 4, 8, 16, 32)
+PROMPT_WORDS, NEW_WORDS, MANY, TOKENS_PER_WORD = 30, 64, 8, 4 / 3  # of the spoken LM
+PUBLISHED_AT = 5  # lengths at which the published loop is timed: whole, it takes minutes
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LLMS = {"full": LlamaConfig(rope_bf16=True), "tiny": TINY_LLM}
+Row = dict[str, float | str]
+Tables = dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = flag("all", "which part", ("all", "prompt", "words", "batch", "lm"))
+    size: str = flag("tiny", "with --only lm: full is Llama-3.2-1B", LLMS)
+    dtype: str = flag("float32", "with --only lm: of the Llama", ("float32", "bfloat16"))
+    most: int = flag(512, "seconds, words or prompts at most")
+    repeat: int = flag(3, "runs of each call; the median counts")
+    bundle: Path = flag(Path("weights/tiny"), "all models, see train_tiny.py")
+    out: Path = flag(Path("benchmarks"), "folder of the results")
+    threads: int = flag(2, "CPU threads")
+    device: str = flag("auto", "auto, cpu or cuda")
+
+
+PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
+
+
+# --- one call ------------------------------------------------------------------------------------
+
+
+def resident(key: str) -> float:
+    """VmRSS or VmHWM of this process in bytes; nan where the system does not say."""
+    found = re.search(key + r":\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
+    return 1024 * float(found[1]) if found else math.nan
+
+
+def measure(call: Callable[[], Any], device: torch.device, repeat: int) -> tuple[float, float]:
+    """-> seconds, the median after one run to warm up, and the most MB beside what was there."""
+    cuda = device.type == "cuda"
+    call()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    elif FORGET.exists():
+        FORGET.write_text("5")  # forgets the peak so far
+    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
+    spent = [seconds(call, device) for _ in range(repeat)]
+    after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+    return sorted(spent)[repeat // 2], (after - before) / 1e6
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return monotonic()
+
+    start = now()
+    call()
+    return now() - start
+
+
+# --- growth --------------------------------------------------------------------------------------
+
+
+def prompts(cfg: Config, pipeline: Pipeline) -> list[Row]:
+    wav, rows = audio.read(cfg.bundle / "prompt.wav", RATE), list[Row]()
+    for length in (s for s in SECONDS if s <= cfg.most):
+        heard = wav.repeat(math.ceil(length * RATE / len(wav)))[: length * RATE]
+
+        def hear(heard: Tensor = heard) -> None:
+            pipeline.encode(heard, pipeline.transcribe(heard))
+
+        spent, memory = measure(hear, pipeline.device, cfg.repeat)
+        rows.append({"prompt, s": length, "hear, s": spent, "MB": memory})
+    return rows
+
+
+def answers(cfg: Config, pipeline: Pipeline, words: int, batch: int) -> Row:
+    """`batch` times the prompt of the bundle, each continued by `words` words."""
+    wav = audio.read(cfg.bundle / "prompt.wav", RATE)
+    speech = pipeline.encode(wav, pipeline.transcribe(wav))
+
+    def reply() -> list[Any]:
+        rngs = [torch.Generator(pipeline.device).manual_seed(seed) for seed in range(batch)]
+        given = [speech] * batch, words, SAMPLING, [speech.voice] * batch
+        return [new for new, _ in pipeline.reply_all(*given, rngs)]
+
+    said = reply()
+    lm, lm_memory = measure(reply, pipeline.device, cfg.repeat)
+    rng = torch.Generator(pipeline.device)
+    speak = partial(pipeline.speak_all, said, rng.manual_seed(0))
+    sound, memory = measure(speak, pipeline.device, cfg.repeat)
+    made = sum(len(new.words) for new in said)
+    row = {"words": made, "reply, s": lm, "reply, MB": lm_memory}
+    return {"prompts": batch, **row, "speak, s": sound, "speak, MB": memory}
+
+
+def powers(rows: list[Row], size: str) -> list[Row]:
+    """The rows, with the exponent of each time from one to the next."""
+    out = [dict(row) for row in rows]
+    for last, row in pairwise(out):
+        for key in [key for key in row if key.endswith(", s") and key != size]:
+            ratio = math.log(float(row[key]) / float(last[key]))
+            row[f"{key[:-3]} power"] = ratio / math.log(float(row[size]) / float(last[size]))
+    return out
+
+
+def growth(cfg: Config) -> Tables:
+    path = cfg.bundle / "tokenizer", cfg.bundle / "spoken_lm"
+    pipeline, out = Pipeline(cfg.bundle, *path, device=str(pick_device(cfg.device))), Tables()
+    if cfg.only in ("all", "prompt"):
+        out["prompt"] = powers(prompts(cfg, pipeline), "prompt, s")
+    if cfg.only in ("all", "words"):
+        sizes = [n for n in WORDS if n <= cfg.most]
+        out["words"] = powers([answers(cfg, pipeline, n, 1) for n in sizes], "words")
+    if cfg.only in ("all", "batch"):
+        sizes = [n for n in BATCH if n <= cfg.most]
+        out["batch"] = powers([answers(cfg, pipeline, 8, n) for n in sizes], "prompts")
+    return out
+
+
+# --- the spoken LM -------------------------------------------------------------------------------
+
+
+class Syllables:
+    """Three of four tokens begin a word; nothing ends a sentence."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"-{i}" if i % 4 == 0 else f" {i}" for i in ids)
+
+
+def random_lm(llm: LlamaConfig, dtype: torch.dtype, device: torch.device) -> SpokenLM:
+    """TASTE's spoken LM around a Llama of this size, with random weights."""
+    with torch.device("meta"):
+        model = SpokenLM(SpokenLMConfig(llm, sos=1), RVQ(RVQConfig()))
+    model.llm.to(dtype)
+    model = model.to_empty(device=device).eval()
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            x.normal_(std=0.02) if x.is_floating_point() and "norm" not in name else x.fill_(1)
+    return model
+
+
+def spoken_lm(cfg: Config) -> Tables:
+    device, llm = pick_device(cfg.device), LLMS[cfg.size]
+    torch.manual_seed(0)
+    model = random_lm(llm, getattr(torch, cfg.dtype), device)
+    sets = VocabularySets.of(Syllables(), llm.vocab)
+    n = round(PROMPT_WORDS * TOKENS_PER_WORD)
+    word_ids = (torch.arange(n) / TOKENS_PER_WORD).long()
+    codes = torch.randint(model.config.n_codes, (int(word_ids[-1]) + 1, 4))
+    prompt = Prompt(torch.randint(llm.vocab, (n,)), word_ids, codes)
+    steps = round(NEW_WORDS * TOKENS_PER_WORD)
+
+    def go(batch: int) -> float:
+        def say() -> None:
+            generate_all(model, sets, [prompt] * batch, Sampling(), 10**6, steps)
+
+        return seconds(say, device)
+
+    go(1)  # warms up
+    lengths = torch.linspace(n + 1, n + steps, PUBLISHED_AT).round().long().tolist()
+    published = steps * sum(seconds(partial(whole_prefix, model, m), device) for m in lengths)
+    alone, together = (sorted(go(b) for _ in range(cfg.repeat))[cfg.repeat // 2] for b in (1, MANY))
+    rows: list[Row] = [
+        {"generation": "cached, alone", "s": alone, "tokens/s": steps / alone, "ratio": 1.0},
+        {"generation": f"cached, {MANY} prompts", "s": together,
+         "tokens/s": MANY * steps / together, "ratio": MANY * alone / together},
+    ]  # fmt: skip
+    loop = published / len(lengths)
+    rows.append({"generation": "whole prefix at each token, alone", "s": loop,
+                 "tokens/s": steps / loop, "ratio": alone / loop})  # fmt: skip
+    return {f"{cfg.size} LM, {cfg.dtype}, {n} + {steps} tokens": rows}
+
+
+@torch.inference_mode()
+def whole_prefix(model: SpokenLM, length: int) -> Tensor:
+    """One step of the published loop: hidden rows of all, logits of the last."""
+    weight = model.llm.embed.weight
+    rows = torch.zeros(1, length, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return model.llm.logits(model.llm(embeddings=rows)[:, -1])
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def markdown(title: str, rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells]
+        lines.append(f"| {' | '.join(shown)} |")
+    return f"**{title}**\n\n" + "\n".join(lines) + "\n"
+
+
+def draw(tables: Tables, path: Path) -> None:
+    """Seconds against size, both logarithmic; dotted: what linear would be."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tables), figsize=(5 * len(tables), 4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], tables.items(), strict=True):
+        size = {"prompt": "prompt, s", "batch": "prompts"}.get(name, name)
+        x = [float(row[size]) for row in rows]
+        for key in [key for key in rows[0] if key.endswith(", s") and key != size]:
+            y = [float(row[key]) for row in rows]
+            (line,) = axis.loglog(x, y, marker="o", label=key[:-3])
+            axis.loglog(x, [y[-1] * a / x[-1] for a in x], ":", color=line.get_color(), alpha=0.5)
+        axis.set(xlabel=size, ylabel="s", title=name)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    cfg = parse(Config, PRESETS, __doc__)
+    positive(cfg, "repeat", "threads")
+    torch.set_num_threads(cfg.threads)
+    if cfg.only != "lm" and cfg.most < WORDS[0]:
+        raise ValueError(f"--most {cfg.most}: wanted {WORDS[0]} or more")
+    tables = spoken_lm(cfg) if cfg.only == "lm" else growth(cfg)
+    name = "growth" if cfg.only == "all" else f"growth_{cfg.only}"
+    text = "\n".join(markdown(*table) for table in tables.items())
+    print(text)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(cfg.out / f"{name}.md", text.encode())
+    found = {"config": {k: str(v) for k, v in vars(cfg).items()}, "tables": tables}
+    write_atomic(cfg.out / f"{name}.json", (json.dumps(found, indent=2) + "\n").encode())
+    if cfg.only != "lm":
+        draw(tables, cfg.out / f"{name}.png")
+    print(f"written to {cfg.out / name}.*")
+
+
+if __name__ == "__main__":
+    run(main)
