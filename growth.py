@@ -74,16 +74,17 @@ def resident(key: str) -> float:
 
 
 def measure(call: Callable[[], Any], device: torch.device, repeat: int) -> tuple[float, float]:
-    """-> seconds, the median after one run to warm up, and the most MB beside what was there."""
+    """-> seconds, the median after a first run, and the most MB that this one took beside what was
+    there: later ones would find memory that the process has kept."""
     cuda = device.type == "cuda"
-    call()
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     elif FORGET.exists():
         FORGET.write_text("5")  # forgets the peak so far
     before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
-    spent = [seconds(call, device) for _ in range(repeat)]
+    call()
     after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+    spent = [seconds(call, device) for _ in range(repeat)]
     return sorted(spent)[repeat // 2], (after - before) / 1e6
 
 
@@ -138,9 +139,9 @@ def powers(rows: list[Row], size: str) -> list[Row]:
     """The rows, with the exponent of each time from one to the next."""
     out = [dict(row) for row in rows]
     for last, row in pairwise(out):
-        for key in [key for key in row if key.endswith(", s") and key != size]:
-            ratio = math.log(float(row[key]) / float(last[key]))
-            row[f"{key[:-3]} power"] = ratio / math.log(float(row[size]) / float(last[size]))
+        grown = math.log(float(row[size]) / float(last[size]))
+        for key in [key for key in row if key.endswith(", s") and key != size and grown]:
+            row[f"{key[:-3]} power"] = math.log(float(row[key]) / float(last[key])) / grown
     return out
 
 

@@ -109,7 +109,7 @@ def known(
     talks: Iterator[list[Talk]], tokenizer: Decoder, voice: Tensor
 ) -> Iterator[tuple[Speech, bool]]:
     """One utterance that grows -> its words as soon as they have codes, and whether the utterance
-    ended by itself with them. The first part has no words, but the glue for the prompt's last one."""
+    ended by itself with them. The first part has no words: its glue ends the prompt's last one."""
     told = -1
     for (talk,) in talks:
         if told < 0 and talk.words:
