@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,23 +179,27 @@ def compare(stage: Stage, sizes: Sizes, device: torch.device, cfg: Config) -> Ro
 
 def sample(cfg: Config) -> Row:
     """From the start of the process to a finished wav; the tiny bundle, whatever the preset."""
-    out = cfg.out / "sample.wav"
-    words = "import sample", "sample.py weights/tiny/prompt.wav"
-    flags = ["--out", str(out), "--threads", str(cfg.threads), "--device", cfg.device]
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", words[0]], cwd=ROOT, check=True)
-    imported = time.monotonic()
-    command = [sys.executable, *words[1].split(), *flags]
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    spent = time.monotonic() - imported
-    out.unlink()
+    words = "sample.py", "weights/tiny/prompt.wav"
+    with tempfile.TemporaryDirectory() as folder:
+        imports, _ = process("-c", "import sample")
+        flags = "--out", f"{folder}/a.wav", "--threads", str(cfg.threads), "--device", cfg.device
+        whole, said = process(*words, *flags)
     rate = re.search(r"([\d.]+) x real time", said)
     return {
-        "what": f"python {words[1]}",
-        "start and imports, s": imported - start,
-        "whole process, s": spent,
+        "what": f"python {' '.join(words)}",
+        "start and imports, s": imports,
+        "whole process, s": whole,
         "x real time, loaded": float(rate[1]) if rate else None,
     }
+
+
+def process(*argv: str) -> tuple[float, str]:
+    """Python with these arguments -> seconds, what it printed. ValueError: it failed."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"python {' '.join(argv)} failed: {done.stderr.strip()[-300:]}")
+    return time.monotonic() - start, done.stdout
 
 
 def rows(name: str, cfg: Config, device: torch.device) -> list[Row]:
