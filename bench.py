@@ -1,160 +1,283 @@
-"""What a training step costs: operations, time, MFU and memory, eager against compiled.
+"""Where each stage stands: our time, that of what one would pick instead, the machine's limit.
 
-    python bench.py --preset tasla --count                  operations per hour of speech; no GPU
-    python bench.py --preset tasla --steps 200              time, on whatever device there is
+    python bench.py                                      all stages at full size, random weights
+    python bench.py --stage decode,rvq --preset small    some of them, smaller
+    python bench.py --stage train --count                a training step, see bench_train.py
 
-Synthetic features in the shapes of --frames, buckets and all; random weights at full size. The
-operations are counted, not estimated: of three short utterances, to which a parabola is fitted,
-for all that is done grows with the length or with its square.
+Both sides share their weights, must agree on the same input before anything is timed, and then run
+in turn: ratio = peer / ours of each pair, above 1 where we are faster; its median and quartiles.
+floor = max(operations / rate of a large matrix product, bytes read / rate of reading), both rates
+measured in the same process. Memory is that of the weights, and what one call takes beside them.
+Each stage runs in a process of its own and replaces its lines in benchmarks/DEVICE_PRESET.json and
+.md: what other runs found there stays. Without --peers, or where one is missing, we run alone.
 """
 
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_train
 import loop
-from aggregator import TASLA, AggregatorConfig
-from common import flag, parse, pick_device, positive, run, seed_step
-from data import FrameBatches, pad
-from fsq import FSQConfig
-from rvq import RVQConfig
-from tokenizer import SpeechTokenizer, TokenizerBatch, TokenizerConfig
-from unit_decoder import UnitDecoderConfig
-from whisper_enc import EncoderConfig, WhisperEncoder
+from bench_case import SIZES, Case, Sizes, Stage, size
+from bench_stages import STAGES
+from common import flag, parse, pick_device, positive, run
+from weights import read_json, write_atomic
 
-UTTERANCE_S = 12.3  # mean of LibriSpeech's 960 h
-TOKENS_S = 2.62  # text tokens a second of speech [TASLA, sec. 3.3]
-RATE = 50  # encoder frames and units a second
-WINDOW = 3000  # mel frames of which the encoder always hears 1500 frames
+ROOT = Path(__file__).parent
+ENOUGH_S = 2.0  # quick stages repeat their pairs for so long
+MOST = 50  # but not more often
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALL = (*STAGES, "sample")  # `train` has to be asked for: at full size it is one for a GPU
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config:
-    model: str = flag("tasla", "what is trained", choices=("tasla", "taste"))
-    frames: int = flag(2000, "mel frames in a micro-batch")
-    steps: int = flag(200, "micro-batches to time")
-    count: bool = flag(False, "only count operations")
-    recompute: bool = flag(False, "keep no activations inside blocks")
-    threads: int = flag(1, "CPU threads")
+class Config(bench_train.Steps):
+    stage: str = flag("all", f"all, or some of {','.join(ALL)},train")
+    peers: bool = flag(True, "run the peers, too")
+    pairs: int = flag(3, "runs of each side, at least")
+    out: Path = flag(ROOT / "benchmarks", "folder of the results")
+    threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
+    size: str = flag("full", "set by --preset", choices=SIZES)
 
 
-PRESETS: dict[str, dict[str, Any]] = {"tasla": {}, "taste": {"model": "taste"}}
+PRESETS: dict[str, dict[str, Any]] = {name: {"size": name} for name in SIZES}
 
 
-def build(cfg: Config) -> SpeechTokenizer:
-    aggregator = TASLA if cfg.model == "tasla" else AggregatorConfig()
-    quantizer = "fsq" if cfg.model == "tasla" else "rvq"
-    config = TokenizerConfig(aggregator, UnitDecoderConfig(), quantizer, FSQConfig(), RVQConfig())
-    return SpeechTokenizer(config)
+# --- the machine ---------------------------------------------------------------------------------
 
 
-def batch(model: SpeechTokenizer, seconds: list[float], device: torch.device) -> TokenizerBatch:
-    """Random utterances of these lengths."""
-    units, tokens = ([max(2, round(s * rate)) for s in seconds] for rate in (RATE, TOKENS_S))
-    cfg, multiple = model.config, 64
-
-    def states() -> Tensor:
-        return pad([torch.randn(n, cfg.aggregator.width) for n in units], 0, multiple)[0].to(device)
-
-    last = states()
-    keep = torch.arange(last.shape[1], device=device) < torch.tensor(units, device=device)[:, None]
-    ids = pad([torch.randint(cfg.aggregator.vocab, (n,)) for n in tokens], 0, multiple)[0]
-    words = pad([torch.arange(n) for n in tokens], -1, multiple)[0]
-    said = pad([torch.randint(cfg.unit_decoder.units, (n,)) for n in units], -1, multiple)[0]
-    voice = torch.randn(len(units), cfg.unit_decoder.speaker_dim, device=device)
-    taps = {k: states() for k in cfg.aggregator.value_layers}
-    return TokenizerBatch(
-        ids.to(device), words.to(device), last, taps, keep, voice, said.to(device)
-    )
+def read_rate(device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes a second of the best of some sums over a large tensor."""
+    x, best, end = torch.ones(2**27, device=device), 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = wait(device)
+        x.sum()
+        best = max(best, 4 * len(x) / (wait(device) - start))
+    return best
 
 
-def per_hour(operations: Callable[[float], int], seconds: float = UTTERANCE_S) -> float:
-    """Operations an hour, in utterances of `seconds`; operations: of one of so many."""
-    at = torch.tensor([1.28, 2.56, 3.84], dtype=torch.float64)  # multiples of 64 frames
-    counted = torch.tensor([float(operations(float(x))) for x in at], dtype=torch.float64)
-    a, b, c = torch.linalg.solve(torch.stack([at**2, at, at**0], 1), counted).tolist()
-    return (a * seconds**2 + b * seconds + c) * 3600 / seconds
-
-
-def count(cfg: Config) -> None:
-    torch.manual_seed(0)
-    model, cpu = build(cfg), torch.device("cpu")
-
-    def operations(seconds: float) -> int:
-        return loop.flops(model, partial(model, batch(model, [seconds], cpu)))
-
-    trained = sum(p.numel() for p in model.parameters())
-    step = per_hour(operations)
-    with torch.device("meta"):
-        encoder, mel = WhisperEncoder(EncoderConfig()), torch.empty(1, 128, WINDOW)
-        with FlopCounterMode(display=False) as counter:
-            encoder(mel)
-    heard = counter.get_total_flops() * 3600 / UTTERANCE_S
-    print(f"{cfg.model}: {trained / 1e6:.1f} M parameters")
-    print(f"training      {step / 1e15:8.2f} PFLOP per hour of speech and epoch")
-    print(f"the encoder   {heard / 1e15:8.2f} PFLOP per hour of speech, once")
-
-
-def timed(cfg: Config, compile: bool, device: torch.device) -> dict[str, float]:
-    """Seconds per micro-batch (optimizer included) and what follows from it."""
-    torch.manual_seed(0)
-    model = build(cfg).to(device)
-    recipe = loop.Recipe(compile=compile, recompute=cfg.recompute)
-    opt = loop.optimizer(recipe, model.parameters(), device)
-    seconds = (2 + 14 * torch.rand(2000)).tolist()
-    batches = FrameBatches([round(100 * s) for s in seconds], cfg.frames, seed=0)
-    made = [batch(model, [seconds[i] for i in batches(k + 1)], device) for k in range(8)]
-    operations = sum(loop.flops(model, partial(model, x)) for x in made) / len(made)
-    loop.speed_up(recipe, model)
-
-    def step(i: int, net: nn.Module) -> None:
-        seed_step(0, i)
-        opt.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16):
-            net(made[i % len(made)]).loss.backward()
-        opt.step()
-
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.monotonic()
-
-    for i in range(2 * len(made)):  # all shapes, twice: compiled code is ready
-        step(i, model)
+def wait(device: torch.device) -> float:
+    """The time at which all is done."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def machine(device: torch.device) -> str:
+    """In words."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    name = names[0] if names else platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads, {versions}"
+
+
+# --- one line ------------------------------------------------------------------------------------
+
+
+def first_call(case: Case, device: torch.device) -> tuple[Tensor, int, float]:
+    """The answer, the operations, and the bytes that the call takes beside what is there."""
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    start = wait()
-    for i in range(cfg.steps):
-        step(i, model)
-    spent = (wait() - start) / cfg.steps
+    elif FORGET.exists():
+        FORGET.write_text("5")  # forgets the peak so far
+    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
+    with FlopCounterMode(display=False) as counter:
+        out = case.ours()
+    after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+    return out, counter.get_total_flops(), after - before
+
+
+def resident(key: str) -> float:
+    """Bytes of memory of this process; nan where the system does not say."""
+    found = re.search(key + r":\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
+    return 1024 * float(found[1]) if found else float("nan")
+
+
+def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:
+    """ValueError: the two sides do not compute the same."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{case.what}: we give {[*ours.shape]}, the peer {[*theirs.shape]}")
+    if ours.is_floating_point():
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+    else:
+        error = float((ours != theirs).float().mean())
+    if not error <= case.tolerance:
+        raise ValueError(f"{case.what}: differs from {case.peer_name} by {error:.1g}; not timed")
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> float:
+    start = wait(device)
+    call()
+    return wait(device) - start
+
+
+def measure(case: Case, device: torch.device, least: int) -> Row:
+    """One line of the table."""
+    with torch.set_grad_enabled(case.model.training):
+        out, operations, memory = first_call(case, device)
+        if case.peer is not None:
+            agree(case, out, case.peer())
+        ours: list[float] = []
+        theirs: list[float] = []
+        start = time.monotonic()
+        while len(ours) < least or (time.monotonic() - start < ENOUGH_S and len(ours) < MOST):
+            ours.append(timed(case.ours, device))
+            if case.peer is not None:
+                theirs.append(timed(case.peer, device) / case.peer_share)
+    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    ratios = torch.tensor([b / a for a, b in zip(ours, theirs, strict=False)], dtype=torch.float64)
+    low, ratio, high = ratios.quantile(at).tolist() if theirs else [None] * 3
+    floor = max(operations / loop.ceiling(device), case.reads / read_rate(device))
+    spent = float(torch.tensor(ours).median())
     return {
-        "ms": 1000 * spent,
-        "tflop_s": operations / spent / 1e12,
-        "mfu": operations / spent / loop.ceiling(device),
-        "memory_gb": loop.peak_memory(device) / 1e9,
-        "graphs": loop.graphs() if compile else 0,
+        "what": case.what,
+        "ours, s": spent,
+        "peer": case.peer_name or "none",
+        "peer, s": float(torch.tensor(theirs).median()) if theirs else None,
+        "ratio": ratio,
+        "25 %": low,
+        "75 %": high,
+        "pairs": len(ours),
+        "floor, s": floor,
+        "floor / ours": floor / spent,
+        "weights, GB": size(case.model) / 1e9,
+        "call, GB": memory / 1e9,
     }
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+def compare(stage: Stage, sizes: Sizes, device: torch.device, cfg: Config) -> Row:
+    torch.manual_seed(0)
+    try:
+        return measure(stage(sizes, device, cfg.peers), device, cfg.pairs)
+    except ModuleNotFoundError as e:
+        print(f"{e.name} is not installed: pip install -r requirements-dev.txt")
+        alone = measure(stage(sizes, device, False), device, cfg.pairs)
+        return alone | {"peer": f"{e.name}: absent"}
+
+
+def sample(cfg: Config) -> Row:
+    """From the start of the process to a finished wav; the tiny bundle, whatever the preset."""
+    words = "sample.py", "weights/tiny/prompt.wav"
+    with tempfile.TemporaryDirectory() as folder:
+        imports, _ = process("-c", "import sample")
+        flags = "--out", f"{folder}/a.wav", "--threads", str(cfg.threads), "--device", cfg.device
+        whole, said = process(*words, *flags)
+    rate = re.search(r"([\d.]+) x real time", said)
+    return {
+        "what": f"python {' '.join(words)}",
+        "start and imports, s": imports,
+        "whole process, s": whole,
+        "x real time, loaded": float(rate[1]) if rate else None,
+    }
+
+
+def process(*argv: str) -> tuple[float, str]:
+    """Python with these arguments -> seconds, what it printed. ValueError: it failed."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"python {' '.join(argv)} failed: {done.stderr.strip()[-300:]}")
+    return time.monotonic() - start, done.stdout
+
+
+def rows(name: str, cfg: Config, device: torch.device) -> list[Row]:
+    """What one stage has to say."""
+    if name == "sample":
+        return [sample(cfg)]
+    if name == "train":
+        kinds = (("eager", False), ("compiled", True))
+        found = [{"what": k, **bench_train.timed(cfg, c, device)} for k, c in kinds]
+        return [{"training step": cfg.model, **row} for row in found]
+    return [compare(stage, SIZES[cfg.size], device, cfg) for stage in STAGES[name]]
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def table(lines: list[Row]) -> list[str]:
+    head = [*lines[0]]
+    cells = [[text(line[key]) for key in head] for line in lines]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """{stage: rows and how they were found} -> tables, one for all stages with the same columns."""
+    tables: dict[tuple[str, ...], list[Row]] = {}
+    runs: dict[str, list[str]] = {}
+    for name, part in found.items():
+        for row in part["rows"]:
+            tables.setdefault(tuple(row), []).append({"stage": name, **row})
+        runs.setdefault(f"{part['machine']}, {part['date']}", []).append(f"`{part['command']}`")
+    body = [line for lines in tables.values() for line in [*table(lines), ""]]
+    made = [f"{machine}: {', '.join(dict.fromkeys(names))}  " for machine, names in runs.items()]
+    return "\n".join(["# Where each stage stands", "", *body, *made, ""])
+
+
+def keep(cfg: Config, name: str, device: torch.device, new: list[Row]) -> None:
+    """Put the lines of one stage in the place of its old ones."""
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    path = cfg.out / f"{device.type}_{cfg.size}.json"
+    found = read_json(path) if path.exists() else {}
+    flags = f" --preset {cfg.size} --threads {cfg.threads}"
+    command = f"python bench.py --stage {name}{flags}"
+    about = {"machine": machine(device), "date": str(date.today()), "command": command}
+    found[name] = {"rows": new, **about}
+    found = {k: found[k] for k in (*ALL, "train") if k in found}
+    write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomic(path.with_suffix(".md"), markdown(found).encode())
+
+
+def chosen(cfg: Config) -> list[str]:
+    """The stages of --stage; ValueError for one that does not exist."""
+    names = [*ALL] if cfg.stage == "all" else cfg.stage.split(",")
+    if odd := [x for x in names if x not in (*ALL, "train")]:
+        raise ValueError(f"--stage {','.join(odd)}: wanted all, or some of {', '.join(ALL)}, train")
+    return names
 
 
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
-    positive(cfg, "steps", "frames", "threads")
-    torch.set_num_threads(cfg.threads)
+    positive(cfg, "steps", "frames", "threads", "pairs")
     if cfg.count:
-        count(cfg)
+        bench_train.count(cfg)
         return
-    device = pick_device(cfg.device)
-    print(f"{replace(cfg)}\nceiling {loop.ceiling(device) / 1e12:.2f} TFLOP/s in a matrix product")
-    for name, compile in (("eager", False), ("compiled", True)):
-        row = timed(cfg, compile, device)
-        print(f"{name:9}" + " | ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    device, names = pick_device(cfg.device), chosen(cfg)
+    if len(names) > 1:
+        command = [sys.executable, __file__, *sys.argv[1:], "--stage"]
+        failed = [x for x in names if subprocess.run([*command, x]).returncode]
+        if failed:
+            raise ValueError(f"no figures for {', '.join(failed)}: see above")
+        return
+    torch.set_num_threads(cfg.threads)
+    new = rows(names[0], cfg, device)
+    keep(cfg, names[0], device, new)
+    print("\n".join(table([{"stage": names[0], **row} for row in new])), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 START_STD = 0.85  # of what goes into tanh: makes a normal distribution about uniform in [-1, 1]
@@ -115,14 +116,17 @@ class FSQ(nn.Module):
 
         At padding: codes PAD, q = 0, so the embedding there is the decoder's bias, as in RVQ."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 would move 1.2 % of the codes
-            keep = real(x, keep)
-            x = x.float().masked_fill(~keep, 0.0)  # padding may hold anything, even NaN
+            x = x.float()
+            if keep is not None:  # padding may hold anything, even NaN
+                x = x.masked_fill(~real(x, keep), 0.0)
+            keep = real(x, keep)  # (B, N, 1)
             ubar = self.squash(x)  # (B, N, d)
             codes = self.round(ubar).masked_fill(~keep, PAD)
             # The paper's ubar + sg(q - ubar), summed so that its value is q to the last bit.
             z_q = self.values(codes) + (ubar - ubar.detach()) * keep
             embedding = self.decoder(z_q)  # (B, N, D)
-            error = (x.detach() - embedding).square().mean(-1) * keep[..., 0]  # (B, N)
+            error = F.mse_loss(embedding, x.detach(), reduction="none")  # (B, N, D)
+            error = error.mean(-1) * keep[..., 0]  # (B, N)
             return Quantized(embedding, codes, error.sum() / keep.sum().clamp(min=1))
 
     @torch.no_grad()

@@ -36,9 +36,8 @@ class LoRALinear(nn.Module):
         """x (..., in) -> (..., out) in the dtype of the base layer's answer."""
         if self.merged is not None:
             return F.linear(x, self.merged, self.base.bias)
-        y = self.base(x)
-        low = F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (..., r)
-        return (y + F.linear(low, self.B) * self.scale).to(y.dtype)
+        low = self.scale * F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (..., r)
+        return self.base(x).add_(F.linear(low, self.B))
 
     def folded(self) -> Tensor:
         """W + (alpha / r) B A (out, in), computed in fp32, then cast to the dtype of W."""

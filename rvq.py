@@ -154,27 +154,27 @@ class RVQ(nn.Module):
             keep = real(x, keep)
             r = self.project_in(x.float().masked_fill(~keep[..., None], 0.0))  # (B, N, E)
             depth = self.draw_depth(x.device) if self.training else self.n_codebooks
-            latent, loss = torch.zeros_like(r), r.new_zeros(())
+            start, latent, loss = r, torch.zeros_like(r), r.new_zeros(())
             codes = torch.full((*r.shape[:2], self.n_codebooks), PAD, device=r.device)  # (B, N, Q)
             for q in range(depth):
-                code, codes[..., q], error = self.quantize(q, r, keep)
-                # Quirk: this adds one gradient of the identity per codebook, so W_in is given
-                # Q times that of the latent [lucidrains ResidualVQ, which TASTE trained with].
-                latent = latent + code + (r - r.detach()) * keep[..., None]
-                loss, r = loss + error, r - code
+                code, codes[..., q] = self.quantize(q, r.detach(), keep)
+                latent, r = latent + code, r - code
+                loss = loss + (r.square().mean(-1) * keep).sum() / keep.sum().clamp(min=1)
+            # Quirk: one gradient of the identity per codebook, so W_in is given Q times that of
+            # the latent [lucidrains ResidualVQ, which TASTE trained with].
+            latent = latent + depth * (start - start.detach()) * keep[..., None]
             return Quantized(self.project_out(latent), codes, loss)  # (B, N, D)
 
-    def quantize(self, q: int, r: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One codebook: r (B, N, E) -> its codes (B, N, E), their numbers (B, N), commitment ()."""
+    def quantize(self, q: int, r: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """One codebook: r (B, N, E) -> its codes (B, N, E) and their numbers (B, N)."""
         book = self.layers[q]
         if self.training:
-            book.start(r[keep].detach())
-        index = book.nearest(r.detach()).masked_fill(~keep, PAD)  # (B, N)
+            book.start(r[keep])
+        index = book.nearest(r).masked_fill(~keep, PAD)  # (B, N)
         code = book.look_up(index)  # (B, N, E)
-        error = (r - code).square().mean(-1) * keep  # (B, N)
         if self.training:
-            book.update(r[keep].detach(), index[keep])
-        return code, index, error.sum() / keep.sum().clamp(min=1)
+            book.update(r[keep], index[keep])
+        return code, index
 
     def draw_depth(self, device: torch.device) -> int:
         """How many codebooks this training step uses, 1 .. Q, the same in all processes."""
@@ -241,7 +241,10 @@ def nearest(r: Tensor, code: Tensor) -> Tensor:
 
 def sums(r: Tensor, index: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """r (M, E), index (M,) int64 -> sum of the rows per index (K, E), their number (K,) fp32."""
-    chosen = F.one_hot(index, K).to(r.dtype)  # (M, K): a product adds up in a fixed order
+    if r.device.type == "cpu":
+        total = r.new_zeros(K, r.shape[1]).index_add_(0, index, r)
+        return total, torch.bincount(index, minlength=K).to(r.dtype)
+    chosen = F.one_hot(index, K).to(r.dtype)  # (M, K): on a GPU, too, in a fixed order
     return chosen.T @ r, chosen.sum(0)
 
 

@@ -15,9 +15,9 @@ ROWS = (  # a file imports only from rows above its own
     " synth",
     "tokenizer vocoder spoken_lm metrics",
     "data continuation sizes onnx_file",
-    "public",
+    "public bench_peers bench_case",
     "pipeline shards loop",
-    "released layer_report token_swap likelihood",
+    "released layer_report token_swap likelihood bench_stages bench_train",
     "scoring listening_page",
     "train_tiny train_tokenizer train_lm prepare sample evaluate growth bench",
     "compare",
@@ -32,6 +32,8 @@ LIBRARIES |= {"espeakng_loader", "matplotlib"}
 OPTIONAL = {
     "onnx_file": {"onnx", "google"},  # google: protobuf's errors, which onnx raises
     "metrics": {"torchcrepe", "whisper_normalizer"},
+    "bench_peers": {"transformers", "peft", "vector_quantize_pytorch", "s3tokenizer"},
+    "bench_stages": {"transformers"},
 }
 
 FILES = sorted(ROOT.glob("*.py"))
