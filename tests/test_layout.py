@@ -13,13 +13,13 @@ ROWS = (  # a file imports only from rows above its own
     "common kv_cache audio pitch text weights grammar",
     "whisper_enc whisper_dec aggregator fsq rvq s3_units speaker unit_decoder flow hift llm lora"
     " synth",
-    "tokenizer vocoder spoken_lm metrics",
+    "tokenizer vocoder spoken_lm unit_lm metrics",
     "data continuation sizes onnx_file",
     "public",
     "pipeline shards loop",
-    "released layer_report token_swap likelihood",
+    "released layer_report token_swap likelihood continuations",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm prepare sample evaluate bench",
+    "train_tiny train_tokenizer train_lm train_unit_lm prepare sample evaluate bench",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}

@@ -19,6 +19,7 @@ import synth
 import train_lm
 import train_tiny
 import train_tokenizer
+import train_unit_lm
 from tokenizer import Frontend, load_tokenizer
 from vocoder import load_vocoder
 from weights import read_tensors
@@ -26,7 +27,9 @@ from weights import read_tensors
 SMALL = ("--utterances", 30, "--batch", 4, "--threads", 1, "--save-every", 2, "--device", "cpu")
 TOKENIZER = (*SMALL, "--text-steps", 2, "--steps", 4, "--warmup", 1)
 LM = (*SMALL, "--steps", 6, "--warmup", 1)
-SCRIPTS: dict[str, Any] = {"train_tokenizer": train_tokenizer, "train_lm": train_lm}
+SCRIPTS: dict[str, Any] = {
+    "train_tokenizer": train_tokenizer, "train_lm": train_lm, "train_unit_lm": train_unit_lm
+}  # fmt: skip
 
 
 def here(name: str, *argv: object) -> None:
@@ -47,8 +50,9 @@ def equal(a: Path, b: Path) -> bool:
         ("train_tokenizer", ("--quantizer", "fsq", *TOKENIZER), "step 5"),
         ("train_tokenizer", ("--quantizer", "rvq", "--aggregator", "xattn", *TOKENIZER), "save 4"),
         ("train_lm", LM, "step 5"),
+        ("train_unit_lm", LM, "step 5"),
     ],
-    ids=["fsq", "rvq", "lm"],
+    ids=["fsq", "rvq", "lm", "unit_lm"],
 )
 def test_killed_and_resumed_gives_the_same_bytes(
     name: str,
@@ -86,7 +90,11 @@ def test_two_processes_are_one_and_resume_exactly(
     name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
     """Also after process 1 was killed, which ends process 0 with a message."""
-    flags: list[object] = [*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle]
+    flags: list[object] = [
+        *(TOKENIZER if name == "train_tokenizer" else LM),
+        "--bundle",
+        tiny_bundle,
+    ]
     flags += ["--micro", 2, "--log-every", 1]
     if name == "train_lm":
         flags += ["--tokenizer", tiny_bundle / "tokenizer"]
