@@ -19,7 +19,7 @@ ROWS = (  # a file imports only from rows above its own
     "pipeline shards loop",
     "released layer_report token_swap likelihood continuations",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm train_unit_lm prepare sample evaluate bench",
+    "train_tiny train_tokenizer train_lm train_unit_lm prepare sample evaluate bench public_codecs",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}
@@ -32,6 +32,7 @@ LIBRARIES |= {"espeakng_loader", "matplotlib"}
 OPTIONAL = {
     "onnx_file": {"onnx", "google"},  # google: protobuf's errors, which onnx raises
     "metrics": {"torchcrepe", "whisper_normalizer"},
+    "public_codecs": {"transformers"},
 }
 
 FILES = sorted(ROOT.glob("*.py"))
