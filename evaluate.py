@@ -16,7 +16,8 @@
     swap            codes of single words exchanged between two readings: see token_swap.py
 
 WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
-that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
+that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame. Same duration: words that
+last as long as in truth, give or take 50 ms, by the times that the DTW carries over.
 """
 
 import math
@@ -47,7 +48,10 @@ from metrics import (
     Contours,
     Scores,
     bitrate,
+    carry_times,
     contours,
+    dtw,
+    duration_consistency,
     prosody,
     ratio_and_error,
     similarity,
@@ -171,6 +175,11 @@ class System:
             copy = contours(wav, self.cfg.tracker)
             for measure, value in prosody(self.contours[i], copy).items():
                 scores.add(measure, i, value)
+            if len(self.contours[i].f0) and len(copy.f0):
+                true = self.test[i].truth.starts_s, self.test[i].truth.ends_s
+                found = carry_times(dtw(self.contours[i].mfcc, copy.mfcc), *true)
+                same, _ = duration_consistency(torch.tensor(true).T, found)
+                scores.add("same duration", i, same * len(found), len(found))
             if timed:
                 same_time = prosody(self.contours[i], copy, warp=False)
                 scores.add("F0-PCC frames", i, same_time["F0-PCC"])
@@ -310,7 +319,7 @@ def likelihood(system: System) -> dict[str, Figures]:
 
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign", measure)
+    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign|same", measure)
     if math.isnan(value):
         return "undefined"
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")

@@ -79,6 +79,7 @@ def test_generation_ends_at_eos_or_at_the_limit() -> None:
     assert 0 <= min(lengths) < 6
 
 
+@torch.no_grad()
 def test_a_folder_gives_the_same_model(tmp_path: Path) -> None:
     model, units = build(), torch.tensor([[3, 1, 4]])
     save_model(tmp_path, model, {"unit_lm": vars(SMALL)})
