@@ -144,19 +144,20 @@ def text_reply(
     llm: Llama, sets: VocabularySets, ids: Sequence[int], rng: torch.Generator
 ) -> tuple[list[str], str, bool]:
     """Text alone, by the rules of Pipeline.reply -> new words, what ends the last word of ids (a
-    full stop, or nothing), and whether the new words end at a sentence end."""
+    full stop, or nothing), and whether they came to an end by themselves."""
     device, most = llm.embed.weight.device, 3 * NEW_WORDS * STEPS_PER_WORD
     row, caches = torch.tensor([[BOS, *ids]], device=device), llm.new_caches(1 + len(ids) + most)
-    new, words, ended = list[int](), 0, False
-    while not ended and words <= 3 * NEW_WORDS and len(new) < most:
-        never = sets.banned
-        if not words:  # ids are whole words; only a stop may come before the next one
+    new, begun, ended = list[int](), 0, False
+    while not ended and len(new) < most:
+        never = sets.banned | sets.blank
+        if not begun:  # ids are whole words; only a stop may come before the next one
             never = never | ~(sets.word_start | sets.sentence_end & (not new))
         logits = llm.logits(llm(row, caches=caches)[:, -1]).float()  # (1, V)
         row = pick(logits.masked_fill(never.to(device), -torch.inf), *HEAT, rng)[None]  # (1, 1)
         new.append(int(row))
-        words += int(sets.word_start[new[-1]])
-        ended = words >= NEW_WORDS and bool(sets.sentence_end[new[-1]])
+        ended = begun >= 3 * NEW_WORDS
+        ended |= begun >= NEW_WORDS and bool(sets.sentence_end[new[-1]])
+        begun += int(sets.word_start[new[-1]])
     first = int(sets.word_start[new].int().argmax())
     glue, said = sets.tokenizer.decode(new[:first]), sets.tokenizer.decode(new[first:])
     return text.split_words(said), glue.strip(), ended

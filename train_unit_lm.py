@@ -32,7 +32,7 @@ from weights import as_config, read_config, save_model
 @dataclass(frozen=True)
 class Config(loop.Recipe):
     out: Path = flag(Path("runs/unit_lm"), "checkpoints, log.jsonl and the finished model folder")
-    width: int = flag(TINY.width, "of the Llama; heads have 32 channels, the inner width is 2.75 x")
+    width: int = flag(TINY.width, "of the Llama, whose heads have 32 channels")
     layers: int = flag(TINY.layers, "of the Llama")
     steps: int = flag(3000, "optimizer steps")
     batch: int = flag(32, "utterances in a micro-batch")
@@ -44,57 +44,47 @@ LONGEST = 2048  # units of an utterance and its continuation: 80 s at 25 Hz
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
 
 
-@dataclass
-class Data:
-    """Units of the built-in corpus, or of prepare.py."""
-
-    store: Ragged | Shards
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def batch(self, indices: Sequence[int]) -> Tensor:
-        """-> units (B, U), IGNORE behind each"""
-        return pad([self.store.get("units", i).long() for i in indices], IGNORE)[0]
-
-
-def load_data(cfg: Config, split: str, device: torch.device) -> Data:
+def load_units(cfg: Config, split: str, device: torch.device) -> Ragged | Shards:
     """split: train or dev."""
     if cfg.data != Path():
-        return Data(Shards(cfg.data if split == "train" else cfg.dev, cfg.bundle))
+        return Shards(cfg.data if split == "train" else cfg.dev, cfg.bundle)
     items = builtin(synth.load(n_train=cfg.utterances), split)
     frontend = UnitFrontend(cfg.bundle).to(device)
-    return Data(unit_features(items, frontend, digest(items), f"units of {split}"))
+    return unit_features(items, frontend, digest(items), f"units of {split}")
+
+
+def batch(store: Ragged | Shards, indices: Sequence[int]) -> Tensor:
+    """-> units (B, U), IGNORE behind each"""
+    return pad([store.get("units", i).long() for i in indices], IGNORE)[0]
 
 
 def build(cfg: Config) -> UnitLM:
-    if cfg.width % TINY.head_dim:
-        raise ValueError(f"--width {cfg.width}: wanted a multiple of {TINY.head_dim}")
+    """Two heads share their keys and values, as in TINY."""
+    if cfg.width % (2 * TINY.head_dim):
+        raise ValueError(f"--width {cfg.width}: wanted a multiple of {2 * TINY.head_dim}")
     s3 = as_config(S3Config, read_config(cfg.bundle / "s3"), str(cfg.bundle / "s3"))
     heads = cfg.width // TINY.head_dim
-    return UnitLM(
-        replace(
-            TINY, vocab=s3.codes + 1, width=cfg.width, layers=cfg.layers, heads=heads,
-            kv_heads=heads // 2 if heads % 2 == 0 else heads, ffn=cfg.width * 11 // 4,
-            max_tokens=LONGEST,
-        )
+    config = replace(
+        TINY, vocab=s3.codes + 1, width=cfg.width, layers=cfg.layers, heads=heads,
+        kv_heads=heads // 2, ffn=cfg.width * 11 // 4, max_tokens=LONGEST,
     )  # fmt: skip
+    return UnitLM(config)
 
 
 @torch.no_grad()
-def evaluate(model: UnitLM, data: Data, rank: int = 0, world: int = 1) -> dict[str, float]:
+def evaluate(
+    model: UnitLM, store: Ragged | Shards, rank: int = 0, world: int = 1
+) -> dict[str, float]:
     """Nats per unit and EOS, and how many are guessed; the processes share the utterances out."""
     model.eval()
     device = next(model.parameters()).device
     sums = {name: torch.zeros((), device=device) for name in ("nll", "accuracy", "n")}
-    mine = range(rank, len(data), world)
+    mine = range(rank, len(store), world)
     for first in range(0, len(mine), 50):
-        units = data.batch(mine[first : first + 50]).to(device)
+        units = batch(store, mine[first : first + 50]).to(device)
         n, out = (units >= 0).sum() + len(units), model(units)
-        sums["nll"], sums["accuracy"] = (
-            sums["nll"] + n * out.loss,
-            sums["accuracy"] + n * out.accuracy,
-        )
+        sums["nll"] += n * out.loss
+        sums["accuracy"] += n * out.accuracy
         sums["n"] += n
     model.train()
     found = loop.total(sums, world)
@@ -110,18 +100,18 @@ def train(cfg: Config) -> UnitLM:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     with one_by_one(rank):
-        data, dev = (load_data(cfg, split, device) for split in ("train", "dev"))
+        data, dev = (load_units(cfg, split, device) for split in ("train", "dev"))
     model = build(cfg).to(device)
     opt = loop.optimizer(cfg, model.parameters(), device)
     saved = loop.Run(cfg, {"model": model, "optimizer": opt}, rank)
-    batches = Batches(data.store.lengths("units"), cfg.batch, cfg.seed)
+    batches = Batches(data.lengths("units"), cfg.batch, cfg.seed)
     last = math.ceil(cfg.steps * batches.per_epoch / cfg.micro) if cfg.epochs else cfg.steps
     loop.speed_up(cfg, model)
     net = loop.parallel(model, world, device)
     mine = range(rank, cfg.micro, world)  # the micro-batches of this process
 
     def load(at: int) -> Tensor:
-        return data.batch(batches(at)).to(device)
+        return batch(data, batches(at)).to(device)
 
     def forward(net: nn.Module, units: Tensor) -> UnitLMOutput:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -170,8 +160,8 @@ def save(folder: Path, model: UnitLM, step: int) -> None:
     save_model(folder, model, {"unit_lm": asdict(model.config)}, torch.float16, step=step)
 
 
-def report(found: dict[str, float], dev: Data, codes: int) -> None:
-    units = torch.cat([dev.store.get("units", i).long() for i in range(len(dev))])
+def report(found: dict[str, float], dev: Ragged | Shards, codes: int) -> None:
+    units = torch.cat([dev.get("units", i).long() for i in range(len(dev))])
     share = units.bincount(minlength=codes) / len(units)
     unigram = float(-(share * share.clamp(min=1e-9).log()).sum())
     print(f"\nnats per unit: uniform {math.log(codes):.3f}, unigram {unigram:.3f}, this model "

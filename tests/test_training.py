@@ -280,7 +280,7 @@ def test_bad_flags(
 
 
 def test_flags_that_no_unit_lm_can_have(refused: Callable, tiny_bundle: Path) -> None:
-    assert "--width 100: wanted a multiple of 32" in refused("train_unit_lm", "--width", 100)
+    assert "--width 100: wanted a multiple of 64" in refused("train_unit_lm", "--width", 100)
     data = ("--data", tiny_bundle, "--dev", tiny_bundle, "--frames", 100)
     assert "--frames are for mels" in refused("train_unit_lm", *data)
 
