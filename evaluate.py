@@ -10,13 +10,14 @@
     topline         S3 units of the original -> flow -> HiFT
     reconstruction  wav + true text -> codes -> units -> flow -> HiFT, by three tokenizers
     units           share of S3 units predicted right, voices unknown; hidden: without the history
-    continuation    three spoken words -> spoken LM -> speech
+    continuation    three spoken words go on, by several systems: see continuations.py
     layers          what MLDA mixes, and where each word looks: see layer_report.py
     likelihood      natural recordings against changed ones, by the spoken LM: see likelihood.py
     swap            codes of single words exchanged between two readings: see token_swap.py
 
 WER is counted by the bundle's own recognizer: the WER of the originals is the floor. Prosody is
-that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame.
+that of metrics.py, after DTW; `F0-PCC frames` compares frame by frame. Same duration: words that
+last as long as in truth, give or take 50 ms, by the times that the DTW carries over.
 """
 
 import math
@@ -32,13 +33,13 @@ import torch
 from torch import Tensor
 
 import audio
+import continuations
 import layer_report
 import likelihood as lik
 import synth
 import token_swap
 from common import clock, flag, parse, pick_device, positive, progress, run
 from data import Item, builtin, digest, unit_features, unit_hits
-from grammar import is_grammatical
 from listening_page import write_page
 from metrics import (
     PROSODY,
@@ -47,12 +48,15 @@ from metrics import (
     Contours,
     Scores,
     bitrate,
+    carry_times,
     contours,
+    dtw,
+    duration_consistency,
     prosody,
     ratio_and_error,
     similarity,
 )
-from pipeline import RATE, SAMPLING, Pipeline, transcribe
+from pipeline import RATE, Pipeline, transcribe
 from scoring import Figures, Judges, as_json, markdown, paper, score_folders
 from tokenizer import Frontend, load_tokenizer
 from vocoder import Vocoder, griffin_lim, load_hift, load_vocoder
@@ -70,7 +74,7 @@ PARTS = (
     "likelihood",
 )
 TOKENIZERS = {"TASLA": "tokenizer", "TASTE": "tokenizer_rvq", "text only": "text_only"}
-PROMPT_WORDS, NEW_WORDS, BATCH = 3, 4, 25  # BATCH: utterances that are spoken at once
+BATCH = 25  # utterances that are spoken at once
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class Config:
     utmosv2: str = flag("", "the same for UTMOSv2, which is another scale")
     runs: Path = flag(Path("runs/compare"), "for layers: trainings whose accuracy is drawn")
     prompts: int = flag(100, "spoken prompts that are continued")
+    unit_lm: Path = flag(Path("runs/unit_lm"), "for continuation: folder of train_unit_lm.py")
+    cascade: Path = flag(Path("runs/text_only"), "the same: of train_tokenizer.py --text-only")
+    embeddings: Path = flag(Path("runs/lm_rvq"), "the same: of train_lm.py --head latent on RVQ")
     html: Path = flag(Path(), "folder of a static page: players, pictures, tables of --out")
     shown: int = flag(12, "utterances on that page")
     swaps: int = flag(200, "single words that are swapped")
@@ -169,6 +176,11 @@ class System:
             copy = contours(wav, self.cfg.tracker)
             for measure, value in prosody(self.contours[i], copy).items():
                 scores.add(measure, i, value)
+            if len(self.contours[i].f0) and len(copy.f0):
+                true = self.test[i].truth.starts_s, self.test[i].truth.ends_s
+                found = carry_times(dtw(self.contours[i].mfcc, copy.mfcc), *true)
+                same, _ = duration_consistency(torch.tensor(true).T, found)
+                scores.add("same duration", i, same * len(found), len(found))
             if timed:
                 same_time = prosody(self.contours[i], copy, warp=False)
                 scores.add("F0-PCC frames", i, same_time["F0-PCC"])
@@ -268,31 +280,12 @@ def units(system: System) -> dict[str, Figures]:
 
 
 def continuation(system: System) -> dict[str, Figures]:
-    """`x real time`: from the start of the reply to the finished wav, one after the other."""
-    path = system.bundle / TOKENIZERS["TASLA"], system.bundle / "spoken_lm"
-    pipeline = Pipeline(system.bundle, *path, device=str(system.device))
-    pairs = list(zip(system.test, system.originals, strict=True))[: system.cfg.prompts]
-    prompts = [pipeline.encode(wav, item.text).part(0, PROMPT_WORDS) for item, wav in pairs]
-    scores = Scores()
-    for rng in system.rngs():
-        whole, new = [], []
-        for i, prompt in enumerate(progress("continuation", prompts)):
-            start = time.monotonic()
-            answer, ended = pipeline.reply(prompt, NEW_WORDS, SAMPLING, prompt.voice, rng)
-            both = prompt.join(answer)
-            wav, stopped = pipeline.speak(both, rng)
-            spent = time.monotonic() - start
-            scores.add("grammatical", i, is_grammatical(both.text))
-            scores.add("text ended", i, ended)
-            scores.add("speech ended", i, stopped)
-            scores.add("x real time", i, spent, len(wav) / audio.VOCODER_RATE)
-            whole.append((both.text, wav))
-            new.append((answer.text, pipeline.speak(answer, rng)[0]))
-        for name, said in (("WER", whole), ("WER of the new words", new)):
-            wavs = [audio.resample(wav, audio.VOCODER_RATE, RATE) for _, wav in said]
-            for i, heard in enumerate(transcribe(system.frontend, wavs)):
-                scores.words(name, i, said[i][0], heard)
-    return {f"{len(prompts)} prompts of {PROMPT_WORDS} words": scores.figures()}
+    """`x real time`: from the prompt to the finished wav, one after the other."""
+    cfg, folder = system.cfg, system.cfg.out / "continuation"
+    folders = cfg.unit_lm, cfg.cascade, cfg.embeddings
+    found = continuations.systems(cfg.bundle, *folders, str(system.device))
+    prompts = continuations.cut_prompts(system.test, cfg.prompts)
+    return continuations.measure(found, prompts, system.frontend, system.rngs, cfg.tracker, folder)
 
 
 def layers(system: System) -> dict[str, Figures]:
@@ -327,7 +320,7 @@ def likelihood(system: System) -> dict[str, Figures]:
 
 def show(measure: str, value: float, error: float) -> str:
     """0.0312, 0.004 -> '3.1 ± 0.4 %'"""
-    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign", measure)
+    is_share = re.search("WER|accuracy|hidden|ended|grammatical|right sign|same", measure)
     if math.isnan(value):
         return "undefined"
     scale, digits, end = (100, 1, " %") if is_share else (1, 2, "")

@@ -13,13 +13,14 @@ ROWS = (  # a file imports only from rows above its own
     "common kv_cache audio pitch text vocabulary weights grammar",
     "whisper_enc whisper_dec aggregator fsq rvq s3_units speaker unit_decoder flow hift llm lora"
     " synth",
-    "tokenizer vocoder spoken_lm metrics",
+    "tokenizer vocoder spoken_lm unit_lm metrics",
     "data continuation sizes onnx_file",
     "public bench_peers bench_case",
     "pipeline shards loop",
-    "released layer_report token_swap likelihood bench_stages bench_train",
+    "released layer_report token_swap likelihood continuations bench_stages bench_train",
     "scoring listening_page",
-    "train_tiny train_tokenizer train_lm prepare sample evaluate growth bench",
+    "train_tiny train_tokenizer train_lm train_unit_lm prepare sample evaluate growth bench"
+    " public_codecs",
     "compare",
 )
 ROW = {name: number for number, names in enumerate(ROWS) for name in names.split()}
@@ -34,6 +35,7 @@ OPTIONAL = {
     "metrics": {"torchcrepe", "whisper_normalizer"},
     "bench_peers": {"transformers", "peft", "vector_quantize_pytorch", "s3tokenizer"},
     "bench_stages": {"transformers"},
+    "public_codecs": {"transformers"},
 }
 
 FILES = sorted(ROOT.glob("*.py"))

@@ -657,8 +657,9 @@ def test_evaluate_measures_every_part(
     measure: Callable, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = measure(
-        tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2, "--pairs", 2
-    )
+        tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2, "--pairs", 2,
+        "--unit-lm", tiny_bundle / "none", "--cascade", tiny_bundle / "none",
+    )  # fmt: skip
     assert list(parts) == list(evaluate.PARTS)
     assert "| reconstruction | WER |" in capsys.readouterr().out
     assert parts["asr"]["known voices"] == parts["copy"]["original"]
@@ -671,9 +672,11 @@ def test_evaluate_measures_every_part(
         assert 0 < channels < 36
     copied = parts["copy"]["Griffin-Lim, 32 iterations"]
     assert copied["F0-PCC frames"][0] > 0.9  # it keeps pitch and time
+    assert copied["same duration"][0] > 0.9
     assert set(parts["units"]) == {*evaluate.TOKENIZERS, "majority", "repeat_last"}
-    (row,) = parts["continuation"].values()
-    assert 0 <= row["grammatical"][0] <= 1
+    assert list(parts["continuation"]) == ["recording", "another recording", "joint, tokens"]
+    row = parts["continuation"]["joint, tokens"]
+    assert 0 <= row["grammatical, meant"][0] <= 1
     assert row["x real time"][0] > 0
 
 

@@ -19,14 +19,19 @@ import synth
 import train_lm
 import train_tiny
 import train_tokenizer
+import train_unit_lm
+from s3_units import TINY as S3
 from tokenizer import Frontend, load_tokenizer
+from unit_lm import load_unit_lm
 from vocoder import load_vocoder
 from weights import read_tensors
 
 SMALL = ("--utterances", 30, "--batch", 4, "--threads", 1, "--save-every", 2, "--device", "cpu")
 TOKENIZER = (*SMALL, "--text-steps", 2, "--steps", 4, "--warmup", 1)
 LM = (*SMALL, "--steps", 6, "--warmup", 1)
-SCRIPTS: dict[str, Any] = {"train_tokenizer": train_tokenizer, "train_lm": train_lm}
+SCRIPTS: dict[str, Any] = {
+    "train_tokenizer": train_tokenizer, "train_lm": train_lm, "train_unit_lm": train_unit_lm
+}  # fmt: skip
 
 
 def here(name: str, *argv: object) -> None:
@@ -47,8 +52,9 @@ def equal(a: Path, b: Path) -> bool:
         ("train_tokenizer", ("--quantizer", "fsq", *TOKENIZER), "step 5"),
         ("train_tokenizer", ("--quantizer", "rvq", "--aggregator", "xattn", *TOKENIZER), "save 4"),
         ("train_lm", LM, "step 5"),
+        ("train_unit_lm", LM, "step 5"),
     ],
-    ids=["fsq", "rvq", "lm"],
+    ids=["fsq", "rvq", "lm", "unit_lm"],
 )
 def test_killed_and_resumed_gives_the_same_bytes(
     name: str,
@@ -86,7 +92,11 @@ def test_two_processes_are_one_and_resume_exactly(
     name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
     """Also after process 1 was killed, which ends process 0 with a message."""
-    flags: list[object] = [*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle]
+    flags: list[object] = [
+        *(TOKENIZER if name == "train_tokenizer" else LM),
+        "--bundle",
+        tiny_bundle,
+    ]
     flags += ["--micro", 2, "--log-every", 1]
     if name == "train_lm":
         flags += ["--tokenizer", tiny_bundle / "tokenizer"]
@@ -150,6 +160,11 @@ def test_training_on_prepared_features(
     shutil.rmtree(out / "step_000004")
     here("train_tokenizer", *flags, "--out", out, "--resume")
     assert (out / "model.safetensors").read_bytes() == first
+    here("train_unit_lm", *data, *steps, "--steps", 2, "--batch", 4, "--ahead", 2, "--mfu",
+         "--eval-every", 1, "--out", tmp_path / "units")  # fmt: skip
+    rows = [json.loads(x) for x in (tmp_path / "units" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "dev_nll" in row] == [1, 2]
+    assert load_unit_lm(tmp_path / "units").eos == S3.codes
     codes = [features(f"codes_{x}", "--corpus", "features", "--data", folder, "--tokenizer", out)
              for x, folder in zip(("train", "dev"), states, strict=True)]  # fmt: skip
     lm = ["--data", codes[0], "--dev", codes[1], "--bundle", tiny_bundle, *steps]
@@ -231,7 +246,7 @@ def refused(
     """The one line with which a script ends."""
 
     def run(name: str, *argv: object) -> str:
-        flags = (*(LM if name == "train_lm" else TOKENIZER), "--bundle", tiny_bundle)
+        flags = (*(TOKENIZER if name == "train_tokenizer" else LM), "--bundle", tiny_bundle)
         flags = (*flags, "--out", tmp_path / "run", *argv)
         with pytest.raises(SystemExit) as e:
             common.run(lambda: here(name, *flags))
@@ -262,6 +277,12 @@ def test_bad_flags(
     if name == "train_lm":
         argv = ("--tokenizer", tiny_bundle / "tokenizer", *argv)
     assert fragment in refused(name, *argv)
+
+
+def test_flags_that_no_unit_lm_can_have(refused: Callable, tiny_bundle: Path) -> None:
+    assert "--width 100: wanted a multiple of 64" in refused("train_unit_lm", "--width", 100)
+    data = ("--data", tiny_bundle, "--dev", tiny_bundle, "--frames", 100)
+    assert "--frames are for mels" in refused("train_unit_lm", *data)
 
 
 def test_an_lm_needs_codes(refused: Callable, tmp_path: Path) -> None:
