@@ -214,6 +214,7 @@ def test_every_system_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(continuations, "MOST_UNITS", 20)
+    monkeypatch.setattr(continuations, "TEXT_ONLY_TEMPERATURE", 0.2)  # untrained: it ends soon
     folders = unit_lm, tiny_bundle / "text_only", tmp_path / "none"
     found = systems(tiny_bundle, *folders, "cpu")
     assert list(found) == ["unit LM", "cascade", "joint, tokens"]
