@@ -30,7 +30,7 @@ from torch import Tensor
 import audio
 import text
 from common import progress
-from continuation import STEPS_PER_WORD, VocabularySets
+from continuation import STEPS_PER_WORD
 from data import BOS, UNIT_S, Item
 from grammar import is_grammatical
 from llm import Llama, LlamaConfig, pick
@@ -48,6 +48,7 @@ from metrics import (
 from pipeline import RATE, SAMPLING, TOP_K, Pipeline, Speech, mels, transcribe
 from tokenizer import Frontend, UnitFrontend
 from unit_lm import load_unit_lm
+from vocabulary import VocabularySets
 from vocoder import load_vocoder
 from weights import as_config, load_model, read_config, write_atomic
 from whisper_dec import word_times
