@@ -4,7 +4,7 @@
     codes  = quantize(z)                                              RVQ: TASTE, FSQ: TASLA
     units ~ UnitDecoder(text, dequantize(codes), voice)               S3 units of the same speech
     loss   = CE(units) + lambda * quantizer loss                      TASLA 4.3; TASTE lambda = 1
-             + guided attention + prosody read from the codes         ours, where these are known
+             + guided attention + prosody of codes, pitch of units    ours, where these are known
 
     last, taps (B, T, C) --aggregator--> tokens (B, N, C) --mean per word--> z (B, W, C)
       --quantizer--> codes (B, W, Q), embedding (B, W, C) --repeat--> (B, N, C) --> units (B, U)
@@ -15,10 +15,10 @@ repeated over its text tokens, which is the same as quantizing the pooled tokens
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,15 @@ from fsq import FSQ, FSQConfig
 from fsq import TINY as TINY_FSQ
 from rvq import RVQ, RVQConfig
 from rvq import TINY as TINY_RVQ
+from synth import Utterance
 from weights import as_config, load_model, load_strict, read_config, read_tensors
 
 QUANTIZERS = ("fsq", "rvq", "none")
 GUIDE_WEIGHT = 0.3  # of guided attention, where word times are known
 PROSODY = ("rate", "pitch", "volume")  # what is known of a word of the built-in corpus
-PROSODY_WEIGHT = 1.0  # of reading it from the codes
+LEAST_SEEN = 6  # times, for a unit whose pitch is known
+PROSODY_GAIN = 5.0  # how loud it is in a word's vector, whose channels have deviation 1
+PROSODY_WEIGHT = PITCH_WEIGHT = 3.0  # of its error in the codes, of the pitch of the units
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class TokenizerConfig:
     fsq: FSQConfig = TINY_FSQ
     rvq: RVQConfig = TINY_RVQ
     recon_weight: float = 0.25  # lambda
-    prosody: bool = False  # a head reads PROSODY from the codes, in training only
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
@@ -73,6 +75,7 @@ class TokenizerBatch:
     units: Tensor  # (B, U) S3 units
     spans: Tensor | None = None  # (B, N, T) bool: frames in which the token's word is spoken
     prosody: Tensor | None = None  # (B, W, 3) PROSODY of each word, in standard deviations
+    unit_pitch: Tensor | None = None  # (K,) what each unit means, see unit_pitch
 
     def to(self, device: torch.device) -> "TokenizerBatch":
         def move(x: Any) -> Any:
@@ -89,16 +92,55 @@ class TokenizerOutput:
     ce: Tensor  # of units, nats
     recon: Tensor  # quantizer loss
     guide: Tensor  # -log attention inside the spoken word; 0 without spans
-    prosody: Tensor  # mean squared error of PROSODY; 0 without the head
+    prosody: Tensor  # mean squared error of PROSODY in the codes; 0 where it is not known
+    pitch: Tensor  # mean squared error of the pitch that is expected; 0 without unit_pitch
     codes: Tensor | None  # (B, W, Q)
     units: ud.UnitDecoderOutput
     maps: Tensor | None = None  # cross-attention (B, L, H, N, T)
+
+
+def read_prosody(z: Tensor) -> Tensor:
+    """z (B, W, C), a word's vector -> (B, W, 3): its first channels are taught to be PROSODY.
+
+    Ours. What is quiet beside the words, as pitch is in the states of a small recognizer, codes
+    learn late and the unit decoder never follows."""
+    z = nn.functional.layer_norm(z.float(), z.shape[-1:])
+    return z[..., : len(PROSODY)] / PROSODY_GAIN
+
+
+def unit_pitch(
+    truths: Sequence[Utterance], said: Iterable[Tensor], count: int, unit_s: float
+) -> Tensor:
+    """Utterances and their units (U_i,) of unit_s seconds -> the pitch for which each unit stands,
+    (count,): the mean of the words in which it is heard, in standard deviations of what is said;
+    0 for units that are too rare to know."""
+    total, seen = torch.zeros(2, count, dtype=torch.float64)
+    for truth, units in zip(truths, said, strict=True):
+        at = (torch.arange(len(units)) + 0.5) * unit_s
+        word = torch.searchsorted(torch.tensor(truth.starts_s), at, right=True) - 1
+        inside = (word >= 0) & (at < torch.tensor(truth.ends_s)[word.clamp(min=0)])
+        pitch = truth.prosody[word[inside], PROSODY.index("pitch")].double()
+        heard = units[inside].long()
+        total.index_add_(0, heard, pitch)
+        seen.index_add_(0, heard, torch.ones_like(pitch))
+    seen[seen < LEAST_SEEN] = 0
+    share, mean = seen / seen.sum().clamp(min=1), total / seen.clamp(min=1)  # (count,)
+    off = (mean - mean @ share).masked_fill(seen == 0, 0.0)
+    return (off / (off.square() @ share).sqrt().clamp(min=1e-3)).float()
+
+
+def pitch_error(logits: Tensor, units: Tensor, unit_pitch: Tensor) -> Tensor:
+    """logits (B, U, K+1), units (B, U) padded with -1, unit_pitch (K,) -> mean squared error of the
+    pitch that the decoder expects. Ours: a cross-entropy says little of so small a difference."""
+    expected = logits[..., :-1].softmax(-1) @ unit_pitch  # (B, U)
+    return (expected - unit_pitch[units.clamp(min=0)]).square()[units >= 0].mean()
 
 
 class SpeechTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.keep_codes = False
         self.aggregator = agg.Aggregator(config.aggregator)
         self.quantizer: FSQ | RVQ | None = None
         if config.quantizer == "fsq":
@@ -106,8 +148,14 @@ class SpeechTokenizer(nn.Module):
         elif config.quantizer == "rvq":
             self.quantizer = RVQ(config.rvq)
         self.unit_decoder = ud.UnitDecoder(config.unit_decoder)
-        width = config.aggregator.width
-        self.prosody = nn.Linear(width, len(PROSODY)) if config.prosody else None
+
+    def train(self, mode: bool = True) -> Self:
+        """keep_codes: what makes the codes stays as it is, RVQ's moving averages among it."""
+        super().train(mode)
+        for part in (self.aggregator, self.quantizer):
+            if part is not None and self.keep_codes:
+                part.eval()
+        return self
 
     def words(
         self,
@@ -132,26 +180,27 @@ class SpeechTokenizer(nn.Module):
         papers, and the start of training), continuous only the quantizer (TASTE's second stage).
         history_keep: see UnitDecoder.forward."""
         codes = maps = audio = None
-        recon = guide = prosody = batch.voice.new_zeros(())
+        recon = guide = prosody = pitch = batch.voice.new_zeros(())
         need_maps = batch.spans is not None or not self.training
         if not text_only:
             heard = batch.last, batch.taps, batch.keep
             z, word_keep, maps = self.words(batch.ids, batch.word_ids, *heard, need_maps)
             if self.quantizer is not None and not continuous:
                 z, codes, recon = self.quantizer(z, word_keep)
-            if self.prosody is not None and batch.prosody is not None:
-                off = self.prosody(z).float() - batch.prosody  # (B, W, 3)
-                prosody = off.square()[word_keep].mean()
+            if batch.prosody is not None:
+                prosody = (read_prosody(z) - batch.prosody).square()[word_keep].mean()
             audio = agg.spread(z, batch.word_ids)  # (B, N, C)
         units = self.unit_decoder(
             batch.ids, batch.word_ids >= 0, audio, batch.voice, batch.units, history_keep, need_maps
         )
         if batch.spans is not None:
             guide = self.guide(batch.spans, batch.word_ids >= 0, maps, units)
+        if batch.unit_pitch is not None and not text_only:  # text cannot tell it
+            pitch = pitch_error(units.logits[:, :-1], batch.units, batch.unit_pitch)
         loss = units.loss + self.config.recon_weight * recon + GUIDE_WEIGHT * guide
-        loss = loss + PROSODY_WEIGHT * prosody
-        attention = None if maps is None else maps.frames
-        return TokenizerOutput(loss, units.loss, recon, guide, prosody, codes, units, attention)
+        loss = loss + PROSODY_WEIGHT * prosody + PITCH_WEIGHT * pitch
+        parts = units.loss, recon, guide, prosody, pitch
+        return TokenizerOutput(loss, *parts, codes, units, None if maps is None else maps.frames)
 
     @torch.no_grad()
     def start(self, batch: TokenizerBatch) -> None:

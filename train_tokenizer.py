@@ -25,6 +25,7 @@ import synth
 from aggregator import AggregatorConfig
 from common import Log, finish, flag, one_by_one, parse, positive, run, seed_step, setup
 from data import (
+    UNIT_S,
     Batches,
     FrameBatches,
     Item,
@@ -48,6 +49,7 @@ from tokenizer import (
     TokenizerConfig,
     TokenizerOutput,
     load_tokenizer,
+    unit_pitch,
 )
 from unit_decoder import TINY as UNIT_DECODER
 from unit_decoder import UnitDecoderConfig
@@ -71,11 +73,12 @@ class Config(loop.Recipe):
     continuous_steps: int = flag(0, "steps without quantizer after that")
     steps: int = flag(900, "steps with codes (or of more text-only training)")
     init: Path = flag(Path(), "start from this text-only model instead of training one")
+    codes: Path = flag(Path(), "go on from this tokenizer, keep its codes: its unit decoder learns")
     lr: float = flag(3e-3, "peak learning rate, in each phase anew")
     floor: float = flag(0.1, "where the cosine ends, as a share of the peak")
     history_dropout: float = flag(0.5, "share of utterances whose unit history is partly hidden")
     guide: bool = flag(True, "attend to the spoken word; needs word times")
-    prosody: bool = flag(True, "read rate, pitch and volume of each word from its codes, too")
+    prosody: bool = flag(True, "teach rate, pitch, volume of words; only the built-in corpus knows")
 
 
 # [TASTE-SpokenLM 301bce2, scripts/run.py] 2, 10 and 10 epochs; 256 utterances; dropout .1
@@ -106,6 +109,7 @@ SIZES = {  # --size -> hidden width of MLDA, unit decoder, RVQ
 }  # fmt: skip
 DECODER_LAYERS = 2  # of the aggregator: distil-large-v3's
 SPAN = 16  # units, one or two words: the longest stretch of history that is hidden in one piece
+LOGGED = ("loss", "ce", "recon", "guide", "prosody", "pitch")
 TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 of 32
 
 
@@ -134,7 +138,6 @@ def build(cfg: Config, frontend: Frontend) -> SpeechTokenizer:
         FSQConfig(theirs.width, cfg.fsq_channels, tau_init=cfg.tau),
         replace(rvq, dim=theirs.width),
         cfg.quantizer_weight,
-        cfg.prosody and not cfg.text_only and cfg.data == Path(),
     )  # fmt: skip
     model = SpeechTokenizer(config)
     ours, given = model.aggregator.decoder.state_dict(), frontend.decoder.state_dict()
@@ -154,6 +157,7 @@ class Data:
     store: Ragged
     frontend: Frontend
     guide: bool
+    unit_pitch: Tensor | None  # None: prosody is not taught
 
     def lengths(self) -> Lengths:
         return self.store.lengths("units")
@@ -161,7 +165,9 @@ class Data:
     def batch(self, indices: Sequence[int], layers: tuple[int, ...] | None) -> TokenizerBatch:
         device = next(self.frontend.parameters()).device
         batch = tokenizer_batch(self.items, self.store, indices, self.frontend, layers, device)
-        return batch if self.guide else replace(batch, spans=None)
+        taught = batch.prosody if self.unit_pitch is not None else None
+        spans = batch.spans if self.guide else None
+        return replace(batch, spans=spans, prosody=taught, unit_pitch=self.unit_pitch)
 
 
 @dataclass
@@ -185,7 +191,13 @@ def load_data(cfg: Config, frontend: Frontend, split: str) -> Data:
     corpus = synth.load(n_train=cfg.utterances)
     items = builtin(corpus, split)
     store = unit_features(items, frontend, digest(items), f"units of {split}")
-    return Data(items, store, frontend, cfg.guide)
+    pitch = None
+    if cfg.prosody:
+        units = (store.get("units", i) for i in range(len(items)))
+        truths = [item.truth for item in items]
+        pitch = unit_pitch(truths, units, frontend.s3.cfg.codes, UNIT_S)
+        pitch = pitch.to(frontend.speaker.out.weight.device)
+    return Data(items, store, frontend, cfg.guide, pitch)
 
 
 def hide_history(units: Tensor, share: float) -> Tensor | None:
@@ -227,7 +239,7 @@ def accuracies(
 def stages(cfg: Config, per_epoch: int) -> list[Stage]:
     """Text-only, then without quantizer, then with it [TASTE 3.1.3; scripts/run.py]."""
     rows = [
-        ("text-only", 0 if cfg.init != Path() else cfg.text_steps, True, True),
+        ("text-only", cfg.text_steps if cfg.init == cfg.codes == Path() else 0, True, True),
         (f"{cfg.aggregator} without quantizer", cfg.continuous_steps, False, False),
         (f"{cfg.aggregator} + {cfg.quantizer}", cfg.steps, False, True),
     ]
@@ -240,16 +252,17 @@ def stages(cfg: Config, per_epoch: int) -> list[Stage]:
     return [stage for stage in found if stage.end > stage.begin]
 
 
-def choose_trained(model: SpeechTokenizer, stage: Stage) -> None:
+def choose_trained(model: SpeechTokenizer, stage: Stage, keep_codes: bool) -> None:
     """Only what a stage trains has gradients: DDP waits for those of all the others."""
     model.requires_grad_(True)
-    decoder, unused = model.unit_decoder, list[nn.Module]()
+    model.keep_codes = keep_codes
+    decoder, unused = model.train().unit_decoder, list[nn.Module]()
+    if keep_codes:
+        unused.append(model.aggregator)
     if stage.text_only:
         unused += [model.aggregator, decoder.audio_in, decoder.audio, decoder.audio_out]
         decoder.mix.requires_grad_(False)
-        if model.prosody is not None:
-            unused.append(model.prosody)
-    if model.quantizer is not None and (stage.text_only or not stage.quantize):
+    if model.quantizer is not None and (keep_codes or stage.text_only or not stage.quantize):
         unused.append(model.quantizer)
     for module in unused:
         module.requires_grad_(False)
@@ -275,11 +288,14 @@ def train(cfg: Config) -> SpeechTokenizer:
     rank, world, device = setup(cfg.device)
     loop.check(cfg, world)
     positive(cfg, "fsq_channels")
+    if cfg.codes != Path() and (cfg.init != Path() or cfg.text_only or cfg.continuous_steps):
+        raise ValueError(f"--codes {cfg.codes}: without --init, --text-only, --continuous-steps")
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     with one_by_one(rank):
         frontend, data, dev = prepare(cfg, device)
-    model = build(cfg, frontend).to(device)
+    kept = cfg.codes != Path()
+    model = (load_tokenizer(cfg.codes) if kept else build(cfg, frontend)).to(device)
     if cfg.init != Path():
         model.unit_decoder.load_state_dict(load_tokenizer(cfg.init).unit_decoder.state_dict())
     opt = loop.optimizer(cfg, model.parameters(), device)
@@ -309,11 +325,11 @@ def train(cfg: Config) -> SpeechTokenizer:
     meter = loop.Meter(world, device)
     log = Log(cfg.out, "tokenizer", last, saved.first, quiet=rank > 0, board=True)
     for stage, steps in order:
-        choose_trained(model, stage)
+        choose_trained(model, stage, kept)
         net = loop.parallel(model, world, device)
         if saved.first <= stage.begin:
             saved.best = None  # models of different stages do not compete
-            if stage.quantize and not stage.text_only:
+            if stage.quantize and not stage.text_only and not kept:
                 model.start(load((stage, stage.begin * cfg.micro + 1)))
         if cfg.mfu:
             batch = load((stage, 1))
@@ -328,7 +344,7 @@ def train(cfg: Config) -> SpeechTokenizer:
                 with loop.share(net, part == mine[-1]):
                     out = forward(net, batch, stage)
                     (out.loss / len(mine)).backward()
-                parts = {k: getattr(out, k) for k in ("loss", "ce", "recon", "guide", "prosody")}
+                parts = {name: getattr(out, name) for name in LOGGED}
                 parts["accuracy"] = out.units.unit_accuracy
                 meter.add((batch.units >= 0).sum(), **parts)
             norm = torch.nn.utils.clip_grad_norm_(

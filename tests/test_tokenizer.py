@@ -9,12 +9,14 @@ import torch
 
 from aggregator import TINY as AGGREGATOR
 from fsq import FSQ, PAD
+from synth import Utterance
 from tokenizer import (
     SpeechTokenizer,
     TokenizerBatch,
     TokenizerConfig,
     guided_attention,
     load_tokenizer,
+    unit_pitch,
 )
 from unit_decoder import TINY as UNIT_DECODER
 from weights import save_model
@@ -137,21 +139,54 @@ def test_guide_counts_rows_of_words_and_moves_attention(text_only: bool) -> None
 
 
 def test_prosody_is_read_from_the_codes_alone() -> None:
-    torch.manual_seed(0)
-    config = replace(tokenizer().config, prosody=True)
-    model, x = SpeechTokenizer(config).eval(), batch()
+    model, x = tokenizer().eval(), batch()
     assert model(x).prosody == 0
-    x = replace(x, prosody=torch.randn(2, 2, 3))
+    true = torch.randn(2, 2, 3)
+    x = replace(x, prosody=true)
     out = model(x)
     assert out.codes is not None
     assert model.quantizer is not None
-    assert model.prosody is not None
-    off = (model.prosody(model.quantizer.decode(out.codes)) - x.prosody).square()  # (B, W, 3)
+    z = model.quantizer.decode(out.codes)
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    off = (z[..., :3] / 5 - true).square()  # (B, W, 3)
     torch.testing.assert_close(out.prosody, torch.cat([off[0], off[1, :1]]).mean())
-    torch.testing.assert_close(out.loss - model(replace(x, prosody=None)).loss, out.prosody)
+    torch.testing.assert_close(out.loss - model(replace(x, prosody=None)).loss, 3 * out.prosody)
     out.prosody.backward()
     assert next(model.aggregator.parameters()).grad is not None
     assert model(x, text_only=True).prosody == 0
+
+
+def test_pitch_is_expected_of_the_units() -> None:
+    model, x = tokenizer().eval(), batch()
+    assert model(x).pitch == 0
+    x = replace(x, unit_pitch=torch.randn(model.unit_decoder.config.units))
+    assert x.unit_pitch is not None
+    out, off = model(x), []
+    for b, t in (x.units >= 0).nonzero().tolist():
+        odds = out.units.logits[b, t, :-1].softmax(0)  # EOS has no pitch
+        off.append((odds * x.unit_pitch).sum() - x.unit_pitch[x.units[b, t]])
+    torch.testing.assert_close(out.pitch, torch.stack(off).square().mean())
+    torch.testing.assert_close(out.loss - model(replace(x, unit_pitch=None)).loss, 3 * out.pitch)
+    assert model(x, text_only=True).pitch == 0
+
+
+def test_unit_pitch_is_the_pitch_of_the_words_around() -> None:
+    """Units of 40 ms: 0 to 3 are in 'he', 4 in the pause, 5 to 9 in 'sings.'"""
+    high, low = (
+        Utterance("he sings.", pitches=pitches, starts_s=(0.0, 0.2), ends_s=(0.16, 0.4))
+        for pitches in ((1.25, 0.8), (0.8, 0.8))
+    )
+    units = torch.tensor([0, 0, 0, 7, 2, 1, 1, 1, 1, 0])  # 2 is heard in no word
+    found = unit_pitch([high] * 5 + [low], [units.short()] * 6, 9, 0.04)
+    up, down = (torch.tensor(x).log().item() / 0.22 for x in (1.25, 0.8))
+    mean = torch.tensor([(15 * up + 9 * down) / 24, down, (5 * up + down) / 6])  # of units 0, 1, 7
+    share = torch.tensor([24.0, 24.0, 6.0]) / 54
+    mean -= mean @ share
+    wanted = torch.zeros(9)
+    wanted[[0, 1, 7]] = mean / (mean.square() @ share).sqrt()
+    torch.testing.assert_close(found, wanted)
+    rare = unit_pitch([high] * 5, [units] * 5, 9, 0.04)
+    assert (rare != 0).tolist() == [True, True, *[False] * 7]
 
 
 @torch.no_grad()

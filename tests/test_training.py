@@ -327,6 +327,19 @@ def test_without_espeak_in_a_real_process(tiny_bundle: Path, tmp_path: Path) -> 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_rvq"])
+def test_codes_are_kept(folder: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path) -> None:
+    """--codes: only the unit decoder learns; RVQ's moving averages stay where they are, too."""
+    start, out = tiny_bundle / folder, tmp_path / "run"
+    flags = (*SMALL, "--bundle", tiny_bundle, "--codes", start, "--eval-every", 1)
+    here("train_tokenizer", *flags, "--steps", 3, "--out", out)
+    before, after = (read_tensors(path / "model.safetensors") for path in (start, out))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"unit_decoder"}
+    with pytest.raises(ValueError, match=r"--codes .*: without --init"):
+        here("train_tokenizer", *flags, "--text-only", "--out", tmp_path / "other")
+
+
 def test_history_is_hidden_in_stretches_in_a_share_of_the_items() -> None:
     torch.manual_seed(0)
     units = torch.zeros(4000, 100, dtype=torch.long)
