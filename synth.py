@@ -144,11 +144,13 @@ def load(
     return _open(folder)
 
 
-def speak(items: Sequence[Utterance]) -> Corpus:
-    """Say a few items now, in order, each one utterance. Same items, same samples."""
+def speak(items: Sequence[Utterance], spare: int = 0) -> Corpus:
+    """Say a few items now, in order, each one utterance, but `spare` of them: where espeak merges
+    words, an utterance is left out, and once enough are said, the rest. Same items, same samples.
+    ValueError: too many were merged."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "spoken"
-        _make([replace(item, split="") for item in items], {"": len(items)}, folder)
+        _make([replace(item, split="") for item in items], {"": len(items) - spare}, folder)
         corpus = _open(folder)
         return Corpus(corpus.utterances, np.array(corpus.samples))  # the file goes away
 
