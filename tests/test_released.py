@@ -416,7 +416,7 @@ def test_the_published_settings_are_the_defaults(
 
     monkeypatch.setattr(Released, "reply", reply)
     assert "enough" in call("--model=taste", "--asr", "whisper", "--mode", "zero")[2]
-    assert seen[:3] == [None, 8, Sampling(0.5, 0.3, 1.1, 0.5)]
+    assert seen[:3] == [None, 8, Sampling(0.5, 0.3, 1.1)]
 
 
 def test_models_are_put_together_or_what_is_missing_is_named(
