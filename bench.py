@@ -95,14 +95,15 @@ def machine(device: torch.device) -> str:
 def first_call(case: Case, device: torch.device) -> tuple[Tensor, int, float]:
     """The answer, the operations, and the bytes that the call takes beside what is there."""
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    elif FORGET.exists():
-        FORGET.write_text("5")  # forgets the peak so far
-    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
     with FlopCounterMode(display=False) as counter:
+        torch.ones(1).double().sum()  # the counter takes its own memory at the first operation
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        elif FORGET.exists():
+            FORGET.write_text("5")  # forgets the peak so far
+        before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
         out = case.ours()
-    after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+        after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
     return out, counter.get_total_flops(), after - before
 
 
