@@ -145,8 +145,11 @@ def measure(case: Case, device: torch.device, least: int) -> Row:
             if case.peer is not None:
                 theirs.append(timed(case.peer, device) / case.peer_share)
     at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    ratios = torch.tensor([b / a for a, b in zip(ours, theirs, strict=False)], dtype=torch.float64)
-    low, ratio, high = ratios.quantile(at).tolist() if theirs else [None] * 3
+    low, ratio, high = [None] * 3
+    if theirs:
+        pairs = zip(ours, theirs, strict=True)
+        ratios = torch.tensor([b / a for a, b in pairs], dtype=torch.float64)
+        low, ratio, high = ratios.quantile(at).tolist()
     floor = max(operations / loop.ceiling(device), case.reads / read_rate(device))
     spent = float(torch.tensor(ours).median())
     return {

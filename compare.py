@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import synth
 import train_tokenizer
 from common import flag, parse, positive, run
-from data import builtin, digest, unit_features, unit_hits
+from data import digest, unit_features, unit_hits
 from metrics import Figures, mean_and_error
 from tokenizer import SpeechTokenizer, load_tokenizer
 from train_tokenizer import train
@@ -90,7 +89,7 @@ def measure(cfg: Config, names: list[str]) -> tuple[Found, Figures]:
     """All systems over seeds, and the topline; what was measured before is read, not repeated."""
     heard = evaluate.Config(bundle=cfg.bundle, items=cfg.items, device=cfg.device)
     system, found = evaluate.System(heard, "test_voices"), Found()
-    items = builtin(synth.load(n_train=cfg.utterances), "test_voices")[: cfg.items]
+    items = system.test
     store = unit_features(items, system.frontend, digest(items), "units of test_voices")
     for seed in range(cfg.seeds):
         start = cfg.out / f"start_{seed}"
@@ -103,9 +102,9 @@ def measure(cfg: Config, names: list[str]) -> tuple[Found, Figures]:
             path = out / "measured.json"
             if not path.exists():
                 trained(common)
-                own = replace(common, out=out, init=start, steps=cfg.steps, text_only=False)
-                model = trained(own := replace(own, **SYSTEMS[name]))
-                hits = unit_hits(model, items, store, system.frontend, own.text_only)
+                what = {"text_only": False, **SYSTEMS[name]}
+                own = replace(common, out=out, init=start, steps=cfg.steps, **what)
+                hits = unit_hits(trained(own), items, store, system.frontend, own.text_only)
                 total = float(hits["total"].sum())
                 row = {UNITS[k]: float(hits[k].sum()) / total for k in UNITS}
                 said = evaluate.reconstruct(system, out, f"{name} {seed}", not own.text_only)
@@ -122,8 +121,8 @@ def table(found: Found, topline: Figures) -> str:
         rows[name] = {k: mean_and_error([row[k] for row in seeds]) for k in seeds[0]}
     rows[TOPLINE] = {k: topline[k] for k in SPEECH if k in topline}
     for a, b in (("TASTE", "text-only"), ("TASLA", "TASTE")):
-        pairs = [*zip(found.get(a, []), found.get(b, []), strict=False)]
-        if pairs:
+        if a in found and b in found:
+            pairs = [*zip(found[a], found[b], strict=True)]
             rows[f"{a} less {b}"] = {k: mean_and_error([x[k] - y[k] for x, y in pairs])
                                      for k in pairs[0][0]}  # fmt: skip
     return evaluate.table("system", rows)

@@ -45,7 +45,7 @@ from metrics import (
     decibels,
     edit_distance,
 )
-from pipeline import RATE, SAMPLING, TOP_K, Pipeline, Speech, mels, transcribe
+from pipeline import RATE, SAMPLING, Pipeline, Speech, mels, transcribe
 from tokenizer import Frontend, UnitFrontend
 from unit_lm import load_unit_lm
 from vocabulary import VocabularySets
@@ -58,7 +58,6 @@ MOST_UNITS = 300  # that a unit LM may add
 SOUNDING_DB = 40.0  # what is softer than the loudest frame by more is a pause
 OFF = ("F0 off, semitones", "rate off, ln", "volume off, dB")
 RECORDING, ANOTHER = "recording", "another recording"
-TEXT_ONLY_TEMPERATURE = 0.6  # of units
 HEAT = SAMPLING.temperature, SAMPLING.top_p  # of words, and of a unit LM's units
 
 
@@ -124,23 +123,9 @@ def unit_speaker(folder: Path, bundle: Path, device: str) -> Speaker:
     return speak
 
 
-class TextOnly(Pipeline):
-    """Text to speech. Its units are drawn less cold: without codes the decoder repeats itself at
-    the temperature that is best with them."""
-
-    def units(self, pieces: list[Speech], rng: torch.Generator | None) -> list[tuple[Tensor, bool]]:
-        ids, word_ids = self.ids([piece.words for piece in pieces])
-        voices = torch.stack([piece.voice for piece in pieces]).to(self.device)
-        units, ended = self.tokenizer.decode(
-            ids, word_ids, None, voices,
-            top_k=TOP_K, temperature=TEXT_ONLY_TEMPERATURE, min_len=4, rng=rng,
-        )  # fmt: skip
-        return list(zip(units, ended.tolist(), strict=True))
-
-
 def cascade_speaker(folder: Path, bundle: Path, device: str) -> Speaker:
     """folder: of train_tokenizer.py --text-only"""
-    pipeline, lm = TextOnly(bundle, folder, device=device), bundle / "lm"
+    pipeline, lm = Pipeline(bundle, folder, device=device), bundle / "lm"
     llm = load_model(Llama(as_config(LlamaConfig, read_config(lm), str(lm))), lm).to(device)
     tokens = text.load_tokenizer(lm / "tokenizer.model")
     sets = VocabularySets.of(tokens, llm.config.vocab)

@@ -36,6 +36,7 @@ SILENCE_RMS = 1e-3  # of full scale
 PAUSE_S = 0.1  # between two pieces that are spoken one after the other
 FADE = 110  # samples, 5 ms, of a piece into a pause
 TOP_K, TEMPERATURE = 25, 0.2  # of the units, by WER on dev; the published code draws at 1.0
+TEXT_ONLY_TEMPERATURE = 0.6  # without codes a colder decoder repeats itself
 SAMPLING = Sampling(0.8, 0.95, 1.0, 0.0)  # of words and codes; these, too, by WER on dev
 
 
@@ -252,7 +253,8 @@ class Pipeline:
         voices = torch.stack([piece.voice for piece in pieces]).to(self.device)
         units, stopped = self.tokenizer.decode(
             ids, word_ids, codes, voices,
-            top_k=TOP_K, temperature=TEMPERATURE, min_len=4, rng=rng,
+            top_k=TOP_K, temperature=TEMPERATURE if known else TEXT_ONLY_TEMPERATURE,
+            min_len=4, rng=rng,
         )  # fmt: skip
         return list(zip(units, stopped.tolist(), strict=True))
 

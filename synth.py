@@ -145,9 +145,10 @@ def load(
 
 
 def speak(items: Sequence[Utterance], spare: int = 0) -> Corpus:
-    """Say a few items now, in order, each one utterance, but `spare` of them: where espeak merges
-    words, an utterance is left out, and once enough are said, the rest. Same items, same samples.
-    ValueError: too many were merged."""
+    """Say a few items now, in order, each one utterance. Same items, same samples.
+
+    `spare` of them are left out: those whose words espeak merges, and the last ones. ValueError: it
+    merges words in more of them."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "spoken"
         _make([replace(item, split="") for item in items], {"": len(items) - spare}, folder)

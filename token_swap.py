@@ -129,10 +129,10 @@ def trials(items: Sequence[Item], count: int, seed: int = 0) -> list[Trial]:
     said, out = {manner(u): u for u in corpus.utterances}, list[Trial]()
     for word, three in plans:
         found = [said[manner(u)] for u in three if manner(u) in said]
-        if len(found) == 3 and len(out) < count:
+        if len(found) == 3:
             wavs = (audio.resample(corpus.audio(u), synth.SAMPLE_RATE, RATE) for u in found)
             out.append(Trial(word, found[0], found[1], *wavs))
-    return out
+    return out[:count]
 
 
 def manner(u: synth.Utterance) -> tuple[Any, ...]:

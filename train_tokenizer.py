@@ -238,10 +238,11 @@ def accuracies(
 
 def stages(cfg: Config, per_epoch: int) -> list[Stage]:
     """Text-only, then without quantizer, then with it [TASTE 3.1.3; scripts/run.py]."""
+    kept = cfg.codes != Path()
     rows = [
-        ("text-only", cfg.text_steps if cfg.init == cfg.codes == Path() else 0, True, True),
+        ("text-only", 0 if kept or cfg.init != Path() else cfg.text_steps, True, True),
         (f"{cfg.aggregator} without quantizer", cfg.continuous_steps, False, False),
-        (f"{cfg.aggregator} + {cfg.quantizer}", cfg.steps, False, True),
+        ("unit decoder" if kept else f"{cfg.aggregator} + {cfg.quantizer}", cfg.steps, False, True),
     ]
     found, begin = list[Stage](), 0
     for name, n, text_only, quantize in rows:

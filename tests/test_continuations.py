@@ -11,6 +11,7 @@ from conftest import HEARD
 from torch import Tensor
 
 import continuations
+import pipeline
 import synth
 import text
 from continuation import VocabularySets
@@ -214,7 +215,7 @@ def test_every_system_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(continuations, "MOST_UNITS", 20)
-    monkeypatch.setattr(continuations, "TEXT_ONLY_TEMPERATURE", 0.2)  # untrained: it ends soon
+    monkeypatch.setattr(pipeline, "TEXT_ONLY_TEMPERATURE", 0.2)  # untrained: it ends soon
     folders = unit_lm, tiny_bundle / "text_only", tmp_path / "none"
     found = systems(tiny_bundle, *folders, "cpu")
     assert list(found) == ["unit LM", "cascade", "joint, tokens"]
