@@ -56,9 +56,9 @@ class Speech:
     def join(self, other: "Speech") -> "Speech":
         """Both, one after the other, in the voice of the other."""
         words = [*self.words[:-1], *(w + other.glue for w in self.words[-1:]), *other.words]
-        codes = None if other.words else self.codes
-        if self.codes is not None and other.codes is not None:
-            codes = torch.cat([self.codes.to(other.codes.device), other.codes])
+        codes, ours = (other.codes if other.words else self.codes), self.codes
+        if self.words and other.words and codes is not None:
+            codes = None if ours is None else torch.cat([ours.to(codes.device), codes])
         return Speech(words, codes, other.voice)
 
     def part(self, first: int, last: int) -> "Speech":

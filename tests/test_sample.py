@@ -384,6 +384,7 @@ def spoken(*parts: str, glue: str = "") -> list[Speech]:
         (spoken("a b", "c", glue="."), ["a b.", "c"]),  # it ends a sentence of the prompt
         (spoken("a b c d", "e. f."), ["a b c", "d e.", "f."]),
         (spoken("", "a"), ["a"]),
+        ([Speech([], None, torch.zeros(2)), *spoken("a b.", "c")], ["a b.", "c"]),  # no prompt
         (spoken(""), []),
     ],
 )
