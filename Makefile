@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PY = $(BIN)/python
 export OMP_WAIT_POLICY ?= PASSIVE
+TESTS = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 .PHONY: demo test check slow clean
 
@@ -12,13 +13,13 @@ demo: .venv/runtime
 	$(PY) sample.py weights/tiny/prompt.wav --out continuation.wav
 
 test: .venv/dev
-	$(PY) -m pytest -q
+	$(TESTS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PY) -m pytest -q
+	$(TESTS)
 
 slow: .venv/dev
 	$(PY) -m pytest -q -m slow
