@@ -15,6 +15,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import audio
@@ -33,7 +34,10 @@ SHORTEST_S = 0.2  # seconds; less cannot hold a word
 WINDOW_S = 8.0  # longest piece that is heard at once
 WORDS = 10  # longest piece that is spoken at once, as in the training corpus
 SILENCE_RMS = 1e-3  # of full scale
-PAUSE_S = 0.1  # between two pieces that are spoken one after the other
+PAUSE_S = 0.3  # between two pieces that are spoken one after the other
+FRAME = RATE // 100  # samples, 10 ms
+QUIET_DB, GAP = 40, 25  # so far below the loudest frame for so many frames: a pause
+LEAD, TAIL = 4, 10  # frames of it that stay with what follows, with what came before
 FADE = 110  # samples, 5 ms, of a piece into a pause
 TOP_K, TEMPERATURE = 25, 0.2  # of the units, by WER on dev; the published code draws at 1.0
 TEXT_ONLY_TEMPERATURE = 0.6  # without codes a colder decoder repeats itself
@@ -89,6 +93,16 @@ def cut(wav: Tensor, window_s: float = WINDOW_S) -> list[Tensor]:
     return [*pieces, wav]
 
 
+def between_pauses(wav: Tensor) -> list[Tensor]:
+    """wav (S,) -> its parts without the pauses around them. The recognizer learned from recordings
+    that begin at once: in a silence before the first word it hears another word."""
+    level = F.pad(wav, (0, -len(wav) % FRAME)).view(-1, FRAME).square().mean(1)  # (T,)
+    loud = (level >= level.max() / 10 ** (QUIET_DB / 10)).nonzero()[:, 0]  # (n,)
+    runs = loud.tensor_split(((loud.diff() > GAP).nonzero()[:, 0] + 1).tolist())
+    ends = [(max(int(run[0]) - LEAD, 0), int(run[-1]) + 1 + TAIL) for run in runs]
+    return [wav[first * FRAME : end * FRAME] for first, end in ends]
+
+
 def pieces(
     parts: Iterable[Speech], ends: tuple[str, ...] = (".",), longest: int = WORDS, least: int = 1
 ) -> Iterator[Speech]:
@@ -138,8 +152,10 @@ def mels(frontend: Frontend, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def transcribe(frontend: Frontend, wavs: list[Tensor], size: int = 25) -> list[str]:
-    """wavs (S_i,) at 16 kHz, any length -> texts; pieces of similar length in batches of `size`."""
-    pieces = [(len(piece), i, piece) for i, wav in enumerate(wavs) for piece in cut(wav)]
+    """wavs (S_i,) at 16 kHz, any length -> texts, heard from pause to pause; pieces of similar
+    length in batches of `size`."""
+    parts = [(i, part) for i, wav in enumerate(wavs) for part in between_pauses(wav)]
+    pieces = [(len(piece), i, piece) for i, part in parts for piece in cut(part)]
     order = sorted(range(len(pieces)), key=lambda k: pieces[k][0])
     said = [""] * len(pieces)
     for first in range(0, len(order), size):

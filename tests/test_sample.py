@@ -182,6 +182,20 @@ def test_cut_loses_nothing_and_leaves_no_scrap(seconds: float) -> None:
     assert all(2 * 16000 <= len(p) <= 8 * 16000 for p in pieces)
 
 
+def test_what_is_said_between_pauses() -> None:
+    rate, hum = 16000, 0.5 * torch.sin(torch.arange(16000) / 20)
+    silence = 1e-4 * torch.randn(2 * rate, generator=torch.Generator().manual_seed(0))
+    quiet, short = silence[:rate], silence[: rate // 5]  # 0.2 s is no pause
+    lead, tail = 640, 1600  # 40 and 100 ms of the silence stay
+    wav = torch.cat([quiet, hum, short, hum, quiet, hum])
+    first, second = pipeline.between_pauses(wav)
+    assert torch.equal(first, wav[rate - lead : 3 * rate + rate // 5 + tail])
+    assert torch.equal(second, wav[-rate - lead :])
+    for whole in (hum, torch.zeros(5), silence):
+        (part,) = pipeline.between_pauses(whole)
+        assert torch.equal(part, whole)
+
+
 def test_a_batch_transcribes_as_single_items(tiny_bundle: Path) -> None:
     frontend = pipeline.Frontend(tiny_bundle)
     wavs = [speech(s) for s in (1.0, 9.5, 0.5)]
