@@ -54,7 +54,7 @@ class Config(loop.Recipe):
     lora_alpha: float = flag(TINY.lora_alpha, "LoRA is scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "before LoRA; the shipped bundle was trained without")
     reference: bool = flag(True, "hold on to the untouched text LM: 0.9 KL + 0.1 CE")
-    pairs: float = flag(0.5, "share of items that another one of the same voice follows")
+    pairs: float = flag(0.5, "share of items that one of the same voice and manner follows")
     steps: int = flag(1500, "optimizer steps")
     batch: int = flag(32, "utterances in a micro-batch")
     lr: float = flag(2e-3, "peak learning rate")
@@ -72,6 +72,7 @@ TASTE: dict[str, Any] = dict(
 TASLA: dict[str, Any] = TASTE | dict(head="token")
 SMALL: dict[str, Any] = TASLA | dict(batch=32, micro=16)  # for SmolLM2-135M on one GPU
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {}, "small": SMALL, "taste": TASTE, "tasla": TASLA}
+CANDIDATES = 32  # of which the most alike follows
 
 
 Row = tuple[Tensor, ...]  # ids, word_ids (B, N), codes (B, W, Q); padding 0, -1, -1
@@ -83,7 +84,8 @@ class Data:
 
     items: list[Item]
     codes: Ragged
-    same_voice: dict[str, list[int]]  # voice -> items
+    same_voice: dict[str, Tensor]  # voice -> items (n,)
+    manner: Tensor  # (n, 3) mean prosody of each item
     lm: text.Tokenizer
 
     def lengths(self) -> Lengths:
@@ -125,20 +127,32 @@ def load_data(cfg: Config, frontend: Frontend, tokenizer: SpeechTokenizer, split
 
     model = hash_of([cfg.tokenizer / "model.safetensors", cfg.bundle / "asr" / "model.safetensors"])
     codes = prepare(items, compute, f"codes 1 {digest(items)} {model}", f"codes of {split}")
-    same_voice: dict[str, list[int]] = {}
-    for i, item in enumerate(items):
-        same_voice.setdefault(item.speaker, []).append(i)
-    return Data(items, codes, same_voice, text.load_tokenizer(cfg.bundle / "lm"))
+    speakers = [item.speaker for item in items]
+    manner = torch.stack([item.truth.prosody.mean(0) for item in items])  # (n, 3)
+    same_voice = {
+        voice: torch.tensor([i for i, other in enumerate(speakers) if other == voice])
+        for voice in set(speakers)
+    }
+    return Data(items, codes, same_voice, manner, text.load_tokenizer(cfg.bundle / "lm"))
+
+
+def next_said(data: Data, i: int) -> int:
+    """An item that could follow item i: of some of the same voice, the one most like it in rate,
+    pitch and volume. Chance alone would teach that a speaker's manner ends with the sentence."""
+    voice = data.same_voice[data.items[i].speaker]
+    some = voice[torch.randint(len(voice), (CANDIDATES,))]
+    off = (data.manner[some] - data.manner[i]).square().sum(1)
+    return int(some[off.masked_fill(some == i, torch.inf).argmin()])
 
 
 def draw(data: Data, indices: Sequence[int], lm: text.Tokenizer, pairs: float) -> Row:
     """-> ids, word_ids (B, N), codes (B, W, Q); padding 0, -1, -1. `pairs`: share of items that
-    another utterance of the same voice follows, so that speech goes on after a full stop."""
+    another utterance follows, so that speech goes on after a full stop."""
     ids, words, codes = [], [], []
     for i in indices:
-        group, voice = [i], data.same_voice[data.items[i].speaker]
+        group = [i]
         if torch.rand(()) < pairs:
-            group.append(voice[int(torch.randint(len(voice), ()))])
+            group.append(next_said(data, i))
         row = text.align_words(" ".join(data.items[j].text for j in group), lm, lm)
         ids.append(torch.tensor(row.llm_ids))
         words.append(torch.tensor(row.llm_word_ids))

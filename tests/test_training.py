@@ -20,6 +20,7 @@ import train_lm
 import train_tiny
 import train_tokenizer
 import train_unit_lm
+from data import Item
 from s3_units import TINY as S3
 from tokenizer import Frontend, load_tokenizer
 from unit_lm import load_unit_lm
@@ -218,6 +219,16 @@ def test_a_whole_bundle_from_nothing(
     )
     moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
     assert moved == {"speaker", "estimator"}
+
+
+def test_what_follows_has_the_voice_and_the_manner() -> None:
+    """Three voices, each calm in one half, lively in the other: 40 draws never cross."""
+    items = [Item(str(i), "", f"m{i % 3}", lambda: (torch.zeros(1), 1)) for i in range(240)]
+    manner = torch.where(torch.arange(240)[:, None] % 2 == 0, -1.0, 1.0) + torch.randn(240, 3) / 10
+    voices = {f"m{k}": torch.arange(k, 240, 3) for k in range(3)}
+    data = train_lm.Data(items, None, voices, manner, None)  # type: ignore[arg-type]
+    found = [(i, train_lm.next_said(data, i)) for i in range(40)]
+    assert all(i != j and i % 6 == j % 6 for i, j in found)
 
 
 def test_what_was_trained_can_be_loaded_and_started_from(
