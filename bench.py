@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench_train
 import loop
-from bench_case import SIZES, Case, Sizes, Stage, size
+from bench_case import SIZES, Case, Sizes, Stage, size, taken, timed, wait
 from bench_stages import STAGES
 from common import flag, parse, pick_device, positive, run
 from weights import read_json, write_atomic
@@ -39,7 +38,6 @@ from weights import read_json, write_atomic
 ROOT = Path(__file__).parent
 ENOUGH_S = 2.0  # quick stages repeat their pairs for so long
 MOST = 50  # but not more often
-STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ALL = (*STAGES, "sample")  # `train` has to be asked for: at full size it is one for a GPU
 Row = dict[str, Any]
 
@@ -71,13 +69,6 @@ def read_rate(device: torch.device, seconds: float = 1.0) -> float:
     return best
 
 
-def wait(device: torch.device) -> float:
-    """The time at which all is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
-
-
 def machine(device: torch.device) -> str:
     """In words."""
     info = Path("/proc/cpuinfo")
@@ -94,23 +85,10 @@ def machine(device: torch.device) -> str:
 
 def first_call(case: Case, device: torch.device) -> tuple[Tensor, int, float]:
     """The answer, the operations, and the bytes that the call takes beside what is there."""
-    cuda = device.type == "cuda"
     with FlopCounterMode(display=False) as counter:
         torch.ones(1).double().sum()  # the counter takes its own memory at the first operation
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        elif FORGET.exists():
-            FORGET.write_text("5")  # forgets the peak so far
-        before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
-        out = case.ours()
-        after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
-    return out, counter.get_total_flops(), after - before
-
-
-def resident(key: str) -> float:
-    """Bytes of memory of this process; nan where the system does not say."""
-    found = re.search(key + r":\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
-    return 1024 * float(found[1]) if found else float("nan")
+        out, most = taken(case.ours, device)
+    return out, counter.get_total_flops(), most
 
 
 def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:
@@ -123,12 +101,6 @@ def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:
         error = float((ours != theirs).float().mean())
     if not error <= case.tolerance:
         raise ValueError(f"{case.what}: differs from {case.peer_name} by {error:.1g}; not timed")
-
-
-def timed(call: Callable[[], Tensor], device: torch.device) -> float:
-    start = wait(device)
-    call()
-    return wait(device) - start
 
 
 def measure(case: Case, device: torch.device, least: int) -> Row:

@@ -1,11 +1,16 @@
-"""What a line of bench.py is, and which models its presets have.
+"""What a line of bench.py is, which models its presets have, and what a call takes.
 
 full: whisper-large-v3, Llama-3.2-1B, CosyVoice-300M and the papers' sizes; small: whisper-small
 and SmolLM2-135M instead; tiny: those of weights/tiny, with an encoder at 50 Hz
 """
 
+import math
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,3 +99,42 @@ def size(model: nn.Module) -> int:
 def middles(steps: int, skip: int) -> range:
     """The steps at which a loop without a cache is timed: of each `skip` the middle one."""
     return range(skip // 2, steps, skip)
+
+
+# --- time and memory -----------------------------------------------------------------------------
+
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+Result = TypeVar("Result")
+
+
+def wait(device: torch.device) -> float:
+    """The time at which all is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    start = wait(device)
+    call()
+    return wait(device) - start
+
+
+def taken(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What it gives, and the most bytes that it takes beside what is there. To be asked of a first
+    run: later ones find memory that the process has kept."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    elif FORGET.exists():
+        FORGET.write_text("5")  # forgets the peak so far
+    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
+    out = call()
+    after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
+    return out, after - before
+
+
+def resident(key: str) -> float:
+    """Bytes of memory of this process; nan where the system does not say."""
+    found = re.search(key + r":\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
+    return 1024 * float(found[1]) if found else math.nan

@@ -13,13 +13,11 @@ a call takes beside the weights, at most. Tables and a picture go to benchmarks/
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import matplotlib
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 import audio
+from bench_case import taken, timed
 from common import flag, parse, pick_device, positive, run
 from continuation import Prompt, Sampling, generate_all
 from llm import TINY as TINY_LLM
@@ -42,7 +41,6 @@ WORDS = (8, 16, 32, 64, 128, 256, 512)
 BATCH = (1, 2, 4, 8, 16, 32)
 PROMPT_WORDS, NEW_WORDS, MANY, TOKENS_PER_WORD = 30, 64, 8, 4 / 3  # of the spoken LM
 PUBLISHED_AT = 5  # lengths at which the published loop is timed: whole, it takes minutes
-STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LLMS = {"full": LlamaConfig(rope_bf16=True), "tiny": TINY_LLM}
 Row = dict[str, float | str]
 Tables = dict[str, list[Row]]
@@ -67,36 +65,11 @@ PRESETS: dict[str, dict[str, Any]] = {"tiny": {}}
 # --- one call ------------------------------------------------------------------------------------
 
 
-def resident(key: str) -> float:
-    """VmRSS or VmHWM of this process in bytes; nan where the system does not say."""
-    found = re.search(key + r":\s+(\d+)", STATUS.read_text()) if STATUS.exists() else None
-    return 1024 * float(found[1]) if found else math.nan
-
-
 def measure(call: Callable[[], Any], device: torch.device, repeat: int) -> tuple[float, float]:
-    """-> seconds, the median after a first run, and the most MB that this one took beside what was
-    there: later ones would find memory that the process has kept."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    elif FORGET.exists():
-        FORGET.write_text("5")  # forgets the peak so far
-    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
-    call()
-    after = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
-    spent = [seconds(call, device) for _ in range(repeat)]
-    return sorted(spent)[repeat // 2], (after - before) / 1e6
-
-
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return monotonic()
-
-    start = now()
-    call()
-    return now() - start
+    """-> seconds, the median after a first run, and the most MB that this one took."""
+    _, most = taken(call, device)
+    spent = [timed(call, device) for _ in range(repeat)]
+    return sorted(spent)[repeat // 2], most / 1e6
 
 
 # --- growth --------------------------------------------------------------------------------------
@@ -196,11 +169,11 @@ def spoken_lm(cfg: Config) -> Tables:
         def say() -> None:
             generate_all(model, sets, [prompt] * batch, Sampling(), 10**6, steps)
 
-        return seconds(say, device)
+        return timed(say, device)
 
     go(1)  # warms up
     lengths = torch.linspace(n + 1, n + steps, PUBLISHED_AT).round().long().tolist()
-    published = steps * sum(seconds(partial(whole_prefix, model, m), device) for m in lengths)
+    published = steps * sum(timed(partial(whole_prefix, model, m), device) for m in lengths)
     alone, together = (sorted(go(b) for _ in range(cfg.repeat))[cfg.repeat // 2] for b in (1, MANY))
     rows: list[Row] = [
         {"generation": "cached, alone", "s": alone, "tokens/s": steps / alone, "ratio": 1.0},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench_case
 import common
 import growth
 
@@ -26,7 +27,7 @@ def test_powers_are_the_slopes_of_a_double_logarithmic_picture() -> None:
 
 
 def test_memory_is_what_a_call_takes_beside_what_was_there() -> None:
-    if not growth.FORGET.exists():
+    if not bench_case.FORGET.exists():
         pytest.skip("this system does not say")
     kept = torch.ones(10**7)
     _, memory = growth.measure(lambda: torch.ones(5 * 10**7).sum(), torch.device("cpu"), 1)
