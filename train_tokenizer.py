@@ -114,6 +114,8 @@ TASTE_LAYER = 1  # the value layer of --aggregator xattn: shallow, as TASTE's 6 
 
 
 def value_layers(cfg: Config, encoder_layers: int) -> tuple[int, ...]:
+    if cfg.codes != Path():
+        return load_tokenizer(cfg.codes).config.aggregator.value_layers
     if cfg.layers:
         return read_layers(cfg.layers, encoder_layers)
     return tuple(range(1, encoder_layers + 1)) if cfg.aggregator == "mlda" else (TASTE_LAYER,)

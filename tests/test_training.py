@@ -347,6 +347,11 @@ def test_codes_are_kept(folder: str, tiny_bundle: Path, small_corpus: Path, tmp_
     before, after = (read_tensors(path / "model.safetensors") for path in (start, out))
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"unit_decoder"}
+    kept = train_tokenizer.Config(codes=start, aggregator="mlda" if "rvq" in folder else "xattn")
+    assert (
+        train_tokenizer.value_layers(kept, 4)
+        == load_tokenizer(start).config.aggregator.value_layers
+    )
     with pytest.raises(ValueError, match=r"--codes .*: without --init"):
         here("train_tokenizer", *flags, "--text-only", "--out", tmp_path / "other")
 
