@@ -93,16 +93,16 @@ def cut(wav: Tensor, window_s: float = WINDOW_S) -> list[Tensor]:
     return [*pieces, wav]
 
 
-def between_pauses(wav: Tensor) -> list[Tensor]:
-    """wav (S,) -> what is said between pauses, with as little silence around it as utterances of
-    the corpus have: behind more of it the recognizer hears words that nobody said."""
+def between_pauses(wav: Tensor) -> list[tuple[int, int]]:
+    """wav (S,) -> first sample and end of what is said between pauses, with no more silence than
+    utterances of the corpus have: behind more of it words are heard that nobody said."""
     level = F.pad(wav, (0, -len(wav) % FRAME)).view(-1, FRAME).square().mean(1)  # (T,)
     loud = (level >= level.max() / 10 ** (QUIET_DB / 10)).nonzero()[:, 0]  # (n,)
     runs = loud.tensor_split(((loud.diff() > GAP).nonzero()[:, 0] + 1).tolist())
     spans = [(int(run[0]), int(run[-1]) + 1) for run in runs]
     firsts = [a - KEPT if a > GAP else 0 for a, _ in spans]
     ends = [b + KEPT if len(level) - b > GAP else len(level) for _, b in spans]
-    return [wav[a * FRAME : b * FRAME] for a, b in zip(firsts, ends, strict=True)]
+    return [(a * FRAME, min(b * FRAME, len(wav))) for a, b in zip(firsts, ends, strict=True)]
 
 
 def pieces(
@@ -156,7 +156,7 @@ def mels(frontend: Frontend, wavs: list[Tensor]) -> tuple[Tensor, Tensor]:
 def transcribe(frontend: Frontend, wavs: list[Tensor], size: int = 25) -> list[str]:
     """wavs (S_i,) at 16 kHz, any length -> texts, heard from pause to pause; pieces of similar
     length in batches of `size`."""
-    parts = [(i, part) for i, wav in enumerate(wavs) for part in between_pauses(wav)]
+    parts = [(i, wav[a:b]) for i, wav in enumerate(wavs) for a, b in between_pauses(wav)]
     pieces = [(len(piece), i, piece) for i, part in parts for piece in cut(part)]
     order = sorted(range(len(pieces)), key=lambda k: pieces[k][0])
     said = [""] * len(pieces)
@@ -224,6 +224,8 @@ class Pipeline:
 
         Of a long recording each piece gets as many words as its share of what was recognized."""
         words, codes = self.check_text(said), []
+        sounds = between_pauses(wav)
+        wav = wav[sounds[0][0] : sounds[-1][1]]
         pieces = cut(wav)
         heard = transcribe(self.frontend, pieces) if len(pieces) > 1 else [said]
         for piece, part in zip(pieces, share(words, heard), strict=True):

@@ -187,12 +187,24 @@ def test_what_is_said_between_pauses() -> None:
     silence = 1e-4 * torch.randn(2 * rate, generator=torch.Generator().manual_seed(0))
     quiet, short = silence[:rate], silence[: rate // 5]  # 0.2 s is no pause
     kept, end = 1600, 3 * rate + rate // 5  # 100 ms of a pause stay on both sides
-    first, second = pipeline.between_pauses(torch.cat([quiet, hum, short, hum, quiet, hum, short]))
-    assert torch.equal(first, torch.cat([quiet, hum, short, hum, quiet])[rate - kept : end + kept])
-    assert torch.equal(second, torch.cat([quiet[-kept:], hum, short]))  # neither is 0.2 s at an end
+    wav = torch.cat([quiet, hum, short, hum, quiet, hum, short])  # no pause: 0.2 s at the end
+    first, second = pipeline.between_pauses(wav)
+    assert first == (rate - kept, end + kept)
+    assert second == (end + rate - kept, len(wav))
     for whole in (hum, torch.zeros(5), silence):
-        (part,) = pipeline.between_pauses(whole)
-        assert torch.equal(part, whole)
+        assert pipeline.between_pauses(whole) == [(0, len(whole))]
+
+
+def test_silence_around_a_recording_changes_no_code(tiny_bundle: Path) -> None:
+    system = pipeline.Pipeline(tiny_bundle, tiny_bundle / "tokenizer")
+    silence = torch.zeros(16000)
+    hum = speech(1.5)
+    plain = system.encode(torch.cat([silence[:1600], hum, silence[:1600]]), "two dogs")
+    around = system.encode(torch.cat([silence, hum, silence]), "two dogs")
+    assert plain.codes is not None
+    assert around.codes is not None
+    assert torch.equal(plain.codes, around.codes)
+    assert torch.equal(plain.voice, around.voice)
 
 
 def test_a_batch_transcribes_as_single_items(tiny_bundle: Path) -> None:
