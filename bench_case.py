@@ -115,6 +115,7 @@ def wait(device: torch.device) -> float:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that it takes."""
     start = wait(device)
     call()
     return wait(device) - start

@@ -88,11 +88,14 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_lm"])
+@pytest.mark.parametrize(
+    "name", ["train_tokenizer", "train_lm", pytest.param("train_unit_lm", marks=pytest.mark.slow)]
+)
 def test_two_processes_are_one_and_resume_exactly(
     name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
-    """Also after process 1 was killed, which ends process 0 with a message."""
+    """Also after process 1 was killed, which ends process 0 with a message: at step 6, because at
+    step 5 process 0 may still be writing what step 4 left."""
     flags: list[object] = [
         *(TOKENIZER if name == "train_tokenizer" else LM),
         "--bundle",
@@ -103,11 +106,11 @@ def test_two_processes_are_one_and_resume_exactly(
         flags += ["--tokenizer", tiny_bundle / "tokenizer"]
     here(name, *flags, "--out", tmp_path / "one")
     two = (*flags, "--out", tmp_path / "two")
-    done = script(small_corpus, f"{name}.py", *two, when="step 5 of process 1", processes=2)
+    done = script(small_corpus, f"{name}.py", *two, when="step 6 of process 1", processes=2)
     assert done.returncode != 0
     assert "go on with --resume" in done.stderr
     kept = sorted(p.name for p in (tmp_path / "two").glob("step_*"))
-    assert kept in (["step_000002"], ["step_000002", "step_000004"])  # the last may be half written
+    assert kept == ["step_000002", "step_000004"]
     done = script(small_corpus, f"{name}.py", *two, "--resume", processes=2)
     assert done.returncode == 0, done.stderr
     whole = (*flags, "--out", tmp_path / "whole")
