@@ -27,6 +27,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,6 +129,18 @@ def parallel(model: nn.Module, world: int, device: torch.device) -> nn.Module:
         return model
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices)
+
+
+def shard(model: nn.Module, world: int, device: torch.device) -> None:
+    """FSDP2, in place: of the frozen weights of each block a process keeps its share, and borrows
+    the others' while the block runs. So every process has to run it as often. What is trained stays
+    whole, and the business of `parallel`."""
+    mesh = init_device_mesh(device.type, (world,))
+    for block in (m for m in model.modules() if isinstance(m, BLOCKS)):
+        trained = {p for p in block.parameters() if p.requires_grad}
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+    split = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, split)
 
 
 def share(net: nn.Module, last: bool) -> AbstractContextManager[Any]:

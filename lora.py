@@ -10,7 +10,8 @@ copy of W, for fast inference; W itself never changes, so `unmerge` and state_di
 [Hu et al. 2021, arXiv:2106.09685; TASTE: rank 64, alpha 128, dropout 0.05 on all linear layers]
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scale = alpha / rank
+        self.scale, self.off = alpha / rank, False
         self.dropout = nn.Dropout(dropout)
         # fp32 also next to a bf16 base: small updates would be lost in bf16.
         device = base.weight.device
@@ -34,6 +35,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in the dtype of the base layer's answer."""
+        if self.off:
+            return self.base(x)
         if self.merged is not None:
             return F.linear(x, self.merged, self.base.bias)
         low = self.scale * F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (..., r)
@@ -103,6 +106,19 @@ def unmerge(model: nn.Module) -> None:
     """Undo `merge`, to the bit."""
     for layer in lora_layers(model):
         layer.merged = None
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """In here every adapted layer is the pretrained one, merged or not."""
+    layers = lora_layers(model)
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 @torch.no_grad()

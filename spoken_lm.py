@@ -230,17 +230,12 @@ def kl(theirs: Tensor, ours: Tensor) -> Tensor:
 @contextmanager
 def untouched(model: Llama) -> Iterator[None]:
     """In here the Llama is the public one: no LoRA, exact rotary frequencies."""
-    layers, config = lora.lora_layers(model), model.config
-    merged = [layer.merged for layer in layers]
-    model.config = replace(config, rope_bf16=False)
-    for layer in layers:
-        layer.merged = layer.base.weight.detach()  # merged with nothing
+    config, model.config = model.config, replace(model.config, rope_bf16=False)
     try:
-        yield
+        with lora.disabled(model):
+            yield
     finally:
         model.config = config
-        for layer, before in zip(layers, merged, strict=True):
-            layer.merged = before
 
 
 class SpokenLM(nn.Module):

@@ -55,6 +55,7 @@ class Config(loop.Recipe):
     lora_dropout: float = flag(0.0, "before LoRA; the shipped bundle was trained without")
     reference: bool = flag(True, "hold on to the untouched text LM: 0.9 KL + 0.1 CE")
     pairs: float = flag(0.5, "share of items that one of the same voice and manner follows")
+    shard: bool = flag(False, "FSDP: the text LM's layers lie split over the processes")
     steps: int = flag(1500, "optimizer steps")
     batch: int = flag(32, "utterances in a micro-batch")
     lr: float = flag(2e-3, "peak learning rate")
@@ -171,15 +172,16 @@ def unigram(codes: Ragged | Shards, levels: int) -> float:
 def evaluate(
     model: SpokenLM, data: Data | Prepared, rank: int = 0, world: int = 1
 ) -> dict[str, float]:
-    """Mean losses over a split, each utterance alone; the processes share it out."""
+    """Mean losses over a split, each utterance alone; the processes share it out, and make as many
+    calls, because --shard wants it: what is left over reads item 0 and does not count."""
     model.eval()
     device = next(model.parameters()).device
     size = 50 if isinstance(data, Data) else 8
     sums = {name: torch.zeros((), device=device) for name in ("text", "code", "n")}
     mine = range(rank, len(data.codes), world)
-    for first in range(0, len(mine), size):
+    for first in range(0, math.ceil(len(data.codes) / world), size):
         indices = mine[first : first + size]
-        out = model(*(x.to(device) for x in data.batch(indices)))
+        out = model(*(x.to(device) for x in data.batch(indices or [0])))
         sums["text"] += out.text_ce * len(indices)
         sums["code"] += out.code_loss * len(indices)
         sums["n"] += len(indices)
@@ -225,12 +227,17 @@ def train(cfg: Config) -> SpokenLM:
     positive(cfg, "steps", "lora_rank")
     if cfg.data != Path() and (cfg.pairs or cfg.frames):
         raise ValueError("--pairs and --frames are not for prepared codes")
+    if cfg.shard and world == 1:
+        raise ValueError("--shard splits over processes: torchrun --nproc-per-node 2 or more")
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     with one_by_one(rank):
         tokenizer = load_tokenizer(cfg.tokenizer).to(device)
         data, dev = prepare_data(cfg, tokenizer, device)
-    model = build(cfg, tokenizer).to(device).train()  # a loaded LM is in eval mode
+    model = build(cfg, tokenizer).train()  # a loaded LM is in eval mode
+    if cfg.shard:
+        loop.shard(model, world, device)
+    model.to(device)
     opt = loop.optimizer(cfg, model.trainable_parameters(), device)
     saved = loop.Run(cfg, {"trained": Trained(model), "optimizer": opt}, rank)
     batches = Batches(data.lengths(), cfg.batch, cfg.seed)
@@ -275,13 +282,13 @@ def train(cfg: Config) -> SpokenLM:
                 found = evaluate(model, dev, rank, world)
                 log.row(step, **found)
                 if saved.improved(-sum(found.values())) and rank == 0:
-                    save(cfg.out / "best", model, step)
+                    save(cfg.out / "best", whole(cfg, model), step)
                 if step == last and rank == 0:
                     report(found["dev_code_nll"], dev, model.config.n_codes)
             if step == last or step % cfg.save_every == 0:
                 saved.save(step)
     if rank == 0:
-        save(cfg.out, model, last)
+        save(cfg.out, whole(cfg, model), last)
         loop.curve(cfg.out)
     finish()
     return model
@@ -300,6 +307,15 @@ def prepare_data(
         if missing := {"codes", "llm_ids", "llm_word_ids"} - {*store.names}:
             raise ValueError(f"{store.folder}: lacks {sorted(missing)}; --corpus features has them")
     return Prepared(stores[0]), Prepared(stores[1])
+
+
+def whole(cfg: Config, model: SpokenLM) -> SpokenLM:
+    """The model, all of it in this process."""
+    if not cfg.shard:
+        return model
+    found = build(cfg, load_tokenizer(cfg.tokenizer))
+    found.load_saved(model.state_to_save())
+    return found
 
 
 def save(folder: Path, model: SpokenLM, step: int) -> None:

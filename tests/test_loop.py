@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import loop
+import lora
 import train_lm
 import train_tokenizer
 from common import parse
+from llm import TINY as LLAMA
+from llm import Llama
 from loop import Meter, Recipe, Run
 from unit_decoder import TINY, UnitDecoder
 from weights import save_checkpoint, steps_of
@@ -182,6 +188,43 @@ def test_compiled_blocks_agree_and_share_their_graphs(
     for batch, loss in zip(batches, plain, strict=True):
         torch.testing.assert_close(model(*batch, need_maps=False).loss, loss, rtol=1e-4, atol=1e-4)
     assert 0 < loop.graphs() - before <= 8
+
+
+def use_a_share(rank: int, file: str) -> None:
+    """Two calls of a Llama with LoRA, one without it between them, and the gradient of the sum."""
+    torch.manual_seed(0)
+    model = Llama(LLAMA)
+    lora.add_lora(model, {"q", "down"}, 4, 8.0)
+    for layer in lora.lora_layers(model):
+        nn.init.normal_(layer.B, std=0.1)
+    ids, sizes = torch.randint(LLAMA.vocab, (2, 7)), {}
+    if rank >= 0:
+        dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+        loop.shard(model, 2, CPU)
+        sizes = {k: p.to_local().numel() / p.numel() if isinstance(p, DTensor) else 1.0
+                 for k, p in model.named_parameters()}  # fmt: skip
+    net = loop.parallel(model, 2 if rank >= 0 else 1, CPU)
+    first = net(ids)
+    with lora.disabled(model), torch.no_grad():
+        plain = net(ids)
+    ((first - plain) ** 2 + net(ids.flip(0))).mean().backward()
+    grads = [p.grad for p in lora.lora_parameters(model)]
+    torch.save([sizes, first.detach(), plain, grads], f"{file}.{rank}")
+    if rank >= 0:
+        dist.destroy_process_group()
+
+
+def test_a_shared_out_llama_is_the_whole_one(tmp_path: Path) -> None:
+    """Frozen weights of the layers: half in each process; what is trained: whole in both."""
+    file = str(tmp_path / "group")
+    mp.spawn(use_a_share, (file,), nprocs=2)
+    use_a_share(-1, file)
+    one, *two = (torch.load(f"{file}.{rank}", weights_only=True) for rank in (-1, 0, 1))
+    for sizes, *rest in two:
+        split = {k for k, share in sizes.items() if share < 1}
+        assert split == {k for k in sizes if "layers." in k and not k.endswith((".A", ".B"))}
+        assert all(0.45 < sizes[k] < 0.55 for k in split)
+        torch.testing.assert_close(rest, one[1:], rtol=1e-5, atol=1e-7)
 
 
 def test_operations_are_counted_and_nothing_changes() -> None:

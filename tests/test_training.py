@@ -6,14 +6,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import script
+from torch import nn
 
 import audio
 import common
+import loop
 import prepare
 import synth
 import train_lm
@@ -89,10 +92,17 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["train_tokenizer", "train_lm", pytest.param("train_unit_lm", marks=pytest.mark.slow)]
+    ("name", "together"),
+    [
+        ("train_tokenizer", ()),
+        ("train_lm", ("--shard", "--mfu")),
+        pytest.param("train_lm", (), marks=pytest.mark.slow),
+        pytest.param("train_lm", ("--shard", "--recompute"), marks=pytest.mark.slow),
+        pytest.param("train_unit_lm", (), marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_are_one_and_resume_exactly(
-    name: str, tiny_bundle: Path, small_corpus: Path, tmp_path: Path
+    name: str, together: tuple[str, ...], tiny_bundle: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
     """Also after process 1 was killed, which ends process 0 with a message: at step 6, because at
     step 5 process 0 may still be writing what step 4 left."""
@@ -105,12 +115,17 @@ def test_two_processes_are_one_and_resume_exactly(
     if name == "train_lm":
         flags += ["--tokenizer", tiny_bundle / "tokenizer"]
     here(name, *flags, "--out", tmp_path / "one")
+    alone = (*flags, "--out", tmp_path / "alone", "--resume")
+    flags += together
     two = (*flags, "--out", tmp_path / "two")
     done = script(small_corpus, f"{name}.py", *two, when="step 6 of process 1", processes=2)
     assert done.returncode != 0
     assert "go on with --resume" in done.stderr
     kept = sorted(p.name for p in (tmp_path / "two").glob("step_*"))
     assert kept == ["step_000002", "step_000004"]
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
+    here(name, *alone)  # one process goes on where two were
+    assert losses(tmp_path / "alone")[-2:] == pytest.approx(losses(tmp_path / "one")[-2:], rel=1e-5)
     done = script(small_corpus, f"{name}.py", *two, "--resume", processes=2)
     assert done.returncode == 0, done.stderr
     whole = (*flags, "--out", tmp_path / "whole")
@@ -119,6 +134,41 @@ def test_two_processes_are_one_and_resume_exactly(
     assert equal(tmp_path / "two", tmp_path / "whole")
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (tmp_path / "whole" / "curve.png").exists()
+
+
+class Meaning(nn.Module):
+    """Losses are the mean of what is read; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.calls = nn.Parameter(torch.ones(())), 0
+
+    def forward(self, read: torch.Tensor) -> SimpleNamespace:
+        self.calls += 1
+        return SimpleNamespace(text_ce=read.mean(), code_loss=self.one * read.mean())
+
+
+def test_every_process_evaluates_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 items, 8 at once: process 0 reads 8 + 1 of them, process 1 reads 8 + 1 for nothing."""
+    read = SimpleNamespace(codes=range(17), batch=lambda i: (torch.tensor([*i]).float() + 1,))
+    sums: list[dict[str, torch.Tensor]] = []
+
+    def total(values: dict[str, torch.Tensor], world: int) -> dict[str, float]:
+        sums.append(values)
+        return {"text": 0.0, "code": 0.0, "n": 1.0}
+
+    monkeypatch.setattr(loop, "total", total)
+    models = [Meaning(), Meaning()]
+    for rank, model in enumerate(models):
+        train_lm.evaluate(model, read, rank, 2)  # type: ignore[arg-type]
+    assert [model.calls for model in models] == [2, 2]
+    assert [s["n"] for s in sums] == [9, 8]
+    assert sum(s["text"] for s in sums) == sum(s["code"] for s in sums) == 17 * 18 / 2
+
+
+def test_what_only_processes_can_split(refused: Callable, tiny_bundle: Path) -> None:
+    flags = ("--tokenizer", tiny_bundle / "tokenizer", "--shard")
+    assert "torchrun --nproc-per-node 2" in refused("train_lm", *flags)
 
 
 def test_micro_batches_that_cannot_be_shared_out(refused: Callable, monkeypatch: Any) -> None:
