@@ -30,7 +30,7 @@ from torch import Tensor
 import audio
 import text
 from common import progress
-from continuation import STEPS_PER_WORD
+from continuation import STEPS_PER_WORD, Talk
 from data import BOS, UNIT_S, Item
 from grammar import is_grammatical
 from llm import Llama, LlamaConfig, pick
@@ -148,20 +148,13 @@ def text_reply(
     full stop, or nothing), and whether they came to an end by themselves."""
     device, most = llm.embed.weight.device, 3 * NEW_WORDS * STEPS_PER_WORD
     row, caches = torch.tensor([[BOS, *ids]], device=device), llm.new_caches(1 + len(ids) + most)
-    new, begun, ended = list[int](), 0, False
-    while not ended and len(new) < most:
-        never = sets.banned | sets.blank
-        if not begun:  # ids are whole words; only a stop may come before the next one
-            never = never | ~(sets.word_start | sets.sentence_end & (not new))
+    talk, never = Talk([], 1, NEW_WORDS, most, goes_on=True), sets.never(None).to(device)
+    while not talk.waiting:
         logits = llm.logits(llm(row, caches=caches)[:, -1]).float()  # (1, V)
-        row = pick(logits.masked_fill(never.to(device), -torch.inf), *HEAT, rng)[None]  # (1, 1)
-        new.append(int(row))
-        ended = begun >= 3 * NEW_WORDS
-        ended |= begun >= NEW_WORDS and bool(sets.sentence_end[new[-1]])
-        begun += int(sets.word_start[new[-1]])
-    first = int(sets.word_start[new].int().argmax())
-    glue, said = sets.tokenizer.decode(new[:first]), sets.tokenizer.decode(new[first:])
-    return text.split_words(said), glue.strip(), ended
+        row = pick(logits.masked_fill(never[talk.rule], -torch.inf), *HEAT, rng)[None]  # (1, 1)
+        talk.push(int(row), sets)
+    words = [talk.word(w, sets.tokenizer) for w in range(talk.words)]
+    return words, talk.word(-1, sets.tokenizer), talk.ended
 
 
 def joint_speaker(folder: Path, tokenizer: Path, bundle: Path, device: str) -> Speaker:

@@ -1,11 +1,9 @@
-"""How the cost of speaking grows, and what the cache and the batch of the spoken LM are worth.
+"""How the cost of speaking grows: seconds and memory of the tiny bundle, against
 
-    python growth.py                              the tiny bundle: seconds and memory against
-        prompt    its length, 1 s to 3 min: transcribe and encode
-        words     that are generated, 8 to 512: reply, then speak
-        batch     of prompts, 1 to 32, each continued by 8 words: reply, then speak
-    python growth.py --only lm --size full        64 words after 30, random weights: one cached row
-                                                  per token, the published loop, a batch of 8
+    python growth.py --only prompt    its length, 1 s to 3 min: transcribe and encode
+    python growth.py --only words     that are generated, 8 to 512: reply, then speak
+    python growth.py --only batch     of prompts, 1 to 32, each continued by 8 words: reply, speak
+    python growth.py                  all three
 
 `power`: the p of time ~ size^p between a row and the one above; 1 is linear. Memory is what
 a call takes beside the weights, at most. Tables and a picture go to benchmarks/growth*.
@@ -27,30 +25,19 @@ from torch import Tensor
 import audio
 from bench_case import taken, timed
 from common import flag, parse, pick_device, positive, run
-from continuation import Prompt, Sampling, generate_all
-from llm import TINY as TINY_LLM
-from llm import LlamaConfig
 from pipeline import RATE, SAMPLING, Pipeline
-from rvq import RVQ, RVQConfig
-from spoken_lm import SpokenLM, SpokenLMConfig
-from vocabulary import VocabularySets
 from weights import write_atomic
 
 SECONDS = (1, 2, 5, 10, 30, 60, 180)
 WORDS = (8, 16, 32, 64, 128, 256, 512)
 BATCH = (1, 2, 4, 8, 16, 32)
-PROMPT_WORDS, NEW_WORDS, MANY, TOKENS_PER_WORD = 30, 64, 8, 4 / 3  # of the spoken LM
-PUBLISHED_AT = 5  # lengths at which the published loop is timed: whole, it takes minutes
-LLMS = {"full": LlamaConfig(rope_bf16=True), "tiny": TINY_LLM}
 Row = dict[str, float | str]
 Tables = dict[str, list[Row]]
 
 
 @dataclass(frozen=True)
 class Config:
-    only: str = flag("all", "which part", ("all", "prompt", "words", "batch", "lm"))
-    size: str = flag("tiny", "with --only lm: full is Llama-3.2-1B", LLMS)
-    dtype: str = flag("float32", "with --only lm: of the Llama", ("float32", "bfloat16"))
+    only: str = flag("all", "which part", ("all", "prompt", "words", "batch"))
     most: int = flag(512, "seconds, words or prompts at most")
     repeat: int = flag(3, "runs of each call; the median counts")
     bundle: Path = flag(Path("weights/tiny"), "all models, see train_tiny.py")
@@ -132,68 +119,6 @@ def growth(cfg: Config) -> Tables:
     return out
 
 
-# --- the spoken LM -------------------------------------------------------------------------------
-
-
-class Syllables:
-    """Three of four tokens begin a word; nothing ends a sentence."""
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(f"-{i}" if i % 4 == 0 else f" {i}" for i in ids)
-
-
-def random_lm(llm: LlamaConfig, dtype: torch.dtype, device: torch.device) -> SpokenLM:
-    """TASTE's spoken LM around a Llama of this size, with random weights."""
-    with torch.device("meta"):
-        model = SpokenLM(SpokenLMConfig(llm, sos=1), RVQ(RVQConfig()))
-    model.llm.to(dtype)
-    model = model.to_empty(device=device).eval()
-    with torch.no_grad():
-        for name, x in model.state_dict().items():
-            x.normal_(std=0.02) if x.is_floating_point() and "norm" not in name else x.fill_(1)
-    return model
-
-
-def spoken_lm(cfg: Config) -> Tables:
-    device, llm = pick_device(cfg.device), LLMS[cfg.size]
-    torch.manual_seed(0)
-    model = random_lm(llm, getattr(torch, cfg.dtype), device)
-    sets = VocabularySets.of(Syllables(), llm.vocab)
-    n = round(PROMPT_WORDS * TOKENS_PER_WORD)
-    word_ids = (torch.arange(n) / TOKENS_PER_WORD).long()
-    codes = torch.randint(model.config.n_codes, (int(word_ids[-1]) + 1, 4))
-    prompt = Prompt(torch.randint(llm.vocab, (n,)), word_ids, codes)
-    steps = round(NEW_WORDS * TOKENS_PER_WORD)
-
-    def go(batch: int) -> float:
-        def say() -> None:
-            generate_all(model, sets, [prompt] * batch, Sampling(), 10**6, steps)
-
-        return timed(say, device)
-
-    go(1)  # warms up
-    lengths = torch.linspace(n + 1, n + steps, PUBLISHED_AT).round().long().tolist()
-    published = steps * sum(timed(partial(whole_prefix, model, m), device) for m in lengths)
-    alone, together = (sorted(go(b) for _ in range(cfg.repeat))[cfg.repeat // 2] for b in (1, MANY))
-    rows: list[Row] = [
-        {"generation": "cached, alone", "s": alone, "tokens/s": steps / alone, "ratio": 1.0},
-        {"generation": f"cached, {MANY} prompts", "s": together,
-         "tokens/s": MANY * steps / together, "ratio": MANY * alone / together},
-    ]  # fmt: skip
-    loop = published / len(lengths)
-    rows.append({"generation": "whole prefix at each token, alone", "s": loop,
-                 "tokens/s": steps / loop, "ratio": alone / loop})  # fmt: skip
-    return {f"{cfg.size} LM, {cfg.dtype}, {n} + {steps} tokens": rows}
-
-
-@torch.inference_mode()
-def whole_prefix(model: SpokenLM, length: int) -> Tensor:
-    """One step of the published loop: hidden rows of all, logits of the last."""
-    weight = model.llm.embed.weight
-    rows = torch.zeros(1, length, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return model.llm.logits(model.llm(embeddings=rows)[:, -1])
-
-
 # --- results -------------------------------------------------------------------------------------
 
 
@@ -231,9 +156,9 @@ def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
     positive(cfg, "repeat", "threads")
     torch.set_num_threads(cfg.threads)
-    if cfg.only != "lm" and cfg.most < WORDS[0]:
+    if cfg.most < WORDS[0]:
         raise ValueError(f"--most {cfg.most}: wanted {WORDS[0]} or more")
-    tables = spoken_lm(cfg) if cfg.only == "lm" else growth(cfg)
+    tables = growth(cfg)
     name = "growth" if cfg.only == "all" else f"growth_{cfg.only}"
     text = "\n".join(markdown(*table) for table in tables.items())
     print(text)
@@ -241,8 +166,7 @@ def main() -> None:
     write_atomic(cfg.out / f"{name}.md", text.encode())
     found = {"config": {k: str(v) for k, v in vars(cfg).items()}, "tables": tables}
     write_atomic(cfg.out / f"{name}.json", (json.dumps(found, indent=2) + "\n").encode())
-    if cfg.only != "lm":
-        draw(tables, cfg.out / f"{name}.png")
+    draw(tables, cfg.out / f"{name}.png")
     print(f"written to {cfg.out / name}.*")
 
 

@@ -310,7 +310,7 @@ def describe(models: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> 
     return f"{held} parameters; stored: {stored}; {total / 1e9:.2f} GB"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     check: Path = flag(None, "folder or file to report on")
     convert: Path = flag(None, "file to make model folders of ours from")

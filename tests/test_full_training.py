@@ -73,14 +73,14 @@ def bundle(folder: Path, size: str) -> Path:
     return folder
 
 
-def librispeech(folder: Path) -> Path:
-    """Three utterances of up to 8 s: of SPEECH, or a buzz."""
+def librispeech(folder: Path, count: int = 3) -> Path:
+    """Utterances of up to 8 s: of SPEECH, or a buzz."""
     given = os.environ.get("SPEECH")
-    names = sorted(Path(given).rglob("*.flac"))[:3] if given else []
+    names = sorted(Path(given).rglob("*.flac"))[:count] if given else []
     folder.mkdir(parents=True)
     lines = []
-    for i in range(3):
-        wav, rate = soundfile.read(names[i]) if names else (speech(4.0 + i / 2).numpy(), 16000)
+    for i in range(count):
+        wav, rate = soundfile.read(names[i]) if names else (speech(4.0 + i % 3 / 2).numpy(), 16000)
         soundfile.write(folder / f"1-1-{i:04d}.flac", wav[: 8 * rate], rate)
         lines.append(f"1-1-{i:04d} THIS IS WHAT THE LION SAID TO THE OLD CAPTAIN ON HIS SHIP")
     (folder / "1-1.trans.txt").write_text("\n".join(lines))
@@ -131,3 +131,20 @@ def test_preset(preset: str, size: str, tmp_path: Path) -> None:
                "--out", tmp_path / "lm")  # fmt: skip
     assert "3/3 | loss" in out
     assert json.loads((tmp_path / "lm" / "config.json").read_text())["spoken_lm"]["lora_rank"] == 64
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_small_learn(tmp_path: Path) -> None:
+    """A dozen utterances, warmed up in 10 steps instead of 5000."""
+    models, features = bundle(tmp_path / "bundle", "small"), tmp_path / "f"
+    spoken = librispeech(tmp_path / "speech", 12)
+    common = ["--preset", "small", "--bundle", models, "--device", "cpu"]
+    done("prepare.py", *common, "--corpus", "librispeech", "--data", spoken, "--out", features)
+    done("train_tokenizer.py", *common, "--data", features, "--dev", features, "--threads", 2,
+         "--no-epochs", "--no-mfu", "--log-every", 1, "--eval-every", 0, "--text-steps", 0,
+         "--continuous-steps", 0, "--steps", 50, "--warmup", 10, "--micro", 1, "--frames", 0,
+         "--batch", 4, "--keep", 1, "--out", tmp_path / "t")  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "t" / "log.jsonl").read_text().splitlines()]
+    losses = [row["ce"] for row in rows if "ce" in row]
+    assert len(losses) == 50
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -52,23 +52,6 @@ def test_tables_and_picture(
     assert (tmp_path / "growth.png").stat().st_size > 10**4
 
 
-def test_the_spoken_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = list[int]()
-    its_own = growth.SpokenLM.fuse
-
-    def fuse(model: growth.SpokenLM, text: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-        read.append(len(text))
-        return its_own(model, text, audio)
-
-    monkeypatch.setattr(growth.SpokenLM, "fuse", fuse)
-    call(monkeypatch, "--only", "lm", "--out", tmp_path, "--repeat", 1)
-    (rows,) = json.loads((tmp_path / "growth_lm.json").read_text())["tables"].values()
-    assert len(rows) == 3
-    assert read.count(8) == 85  # every step of a batch of eight, none of them ends early
-    assert rows[1]["ratio"] == pytest.approx(rows[1]["tokens/s"] / rows[0]["tokens/s"])
-    assert rows[2]["ratio"] == pytest.approx(rows[0]["s"] / rows[2]["s"])
-
-
 def test_too_little_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as e:
         call(monkeypatch, "--most", 1)
