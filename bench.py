@@ -13,6 +13,7 @@ Each stage runs in a process of its own and replaces its lines in benchmarks/DEV
 """
 
 import json
+import math
 import platform
 import re
 import subprocess
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import bench_train
+import cpu_linear
 import loop
 from bench_case import SIZES, Case, Sizes, Stage, size, taken, timed, wait
 from bench_stages import STAGES
@@ -54,6 +56,15 @@ class Config(bench_train.Steps):
 
 
 PRESETS: dict[str, dict[str, Any]] = {name: {"size": name} for name in SIZES}
+
+
+def products(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """Of cpu_linear.py: shapes (..., in) and (out, in) -> operations."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if cpu_linear.HERE:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(products)
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -105,6 +116,7 @@ def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:
 
 def measure(case: Case, device: torch.device, least: int) -> Row:
     """One line of the table."""
+    cpu_linear.quicken(case.model)
     with torch.set_grad_enabled(case.model.training):
         out, operations, memory = first_call(case, device)
         if case.peer is not None:

@@ -4,6 +4,7 @@ full: whisper-large-v3, Llama-3.2-1B, CosyVoice-300M and the papers' sizes; smal
 and SmolLM2-135M instead; tiny: those of weights/tiny, with an encoder at 50 Hz
 """
 
+import copy
 import math
 import re
 import time
@@ -88,12 +89,19 @@ class Case:
     tolerance: float = 1e-4  # of floats, relative to the largest; integers: share that differs
 
 
+Model = TypeVar("Model", bound=nn.Module)
 Stage = Callable[[Sizes, torch.device, bool], Case]
 
 
 def size(model: nn.Module) -> int:
     """Bytes of all weights."""
     return sum(x.nbytes for x in {x.data_ptr(): x for x in model.state_dict().values()}.values())
+
+
+def twin(model: Model) -> Model:
+    """The same weights in modules of their own: what bench.py quickens does not reach them."""
+    kept = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(x): x for x in kept})
 
 
 def middles(steps: int, skip: int) -> range:

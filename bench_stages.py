@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bench_peers
 import lora
-from bench_case import Case, Sizes, Stage, middles, size
+from bench_case import Case, Sizes, Stage, middles, size, twin
 from bench_peers import named
 from continuation import Prompt, Sampling, generate_all
 from flow import Flow
@@ -105,7 +105,7 @@ def s3(sizes: Sizes, device: torch.device, peers: bool) -> Case:
 
 
 def gradient(x: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-    """Forward and backward -> the gradient of x (B, N, D)."""
+    """Forward, and backward from ones -> the gradient of x (B, N, D)."""
     x = x.detach().requires_grad_()
     y = embed(x)
     y.backward(torch.ones_like(y))
@@ -132,10 +132,19 @@ def finite(sizes: Sizes, device: torch.device, peers: bool) -> Case:
         model, peer = bench_peers.finite(sizes.fsq, device)
     else:
         model, peer = FSQ(sizes.fsq).to(device), None
-    ours = partial(gradient, x, lambda x: model(x).embedding)
+
+    def both(x: Tensor) -> Tensor:
+        out = model(x)
+        return out.embedding.sum() + out.loss
+
+    def theirs(x: Tensor) -> Tensor:
+        y = peer(x)[0]
+        return y.sum() + F.mse_loss(y, x.detach())  # it has no loss of its own
+
+    ours = partial(gradient, x, both)
     case = Case(f"FSQ of {x[..., 0].numel()} words, forward and backward", model, ours)
     if peer is not None:
-        case.peer = partial(gradient, x, lambda x: peer(x)[0])
+        case.peer = partial(gradient, x, theirs)
         how = f"codebooks of {bench_peers.GROUP} channels"
         case.peer_name = named("vector-quantize-pytorch", how)
     return case
@@ -249,11 +258,10 @@ def spoken_lm(sizes: Sizes, device: torch.device, peers: bool) -> Case:
     n = sizes.said
     case = Case(f"{n} words by the spoken LM, after 30", model, ours, n * size(model.llm))
     if peers:
+        plain = twin(model.llm)
 
         def theirs() -> Tensor:
-            return torch.cat(
-                [model.llm(embeddings=torch.cat(read[: i + 1], 1))[:, -1:] for i in at], 1
-            )
+            return torch.cat([plain(embeddings=torch.cat(read[: i + 1], 1))[:, -1:] for i in at], 1)
 
         case.peer, case.peer_name, case.peer_share = theirs, "no cache", len(at) / n
     return case
@@ -295,10 +303,11 @@ def units(sizes: Sizes, device: torch.device, peers: bool) -> Case:
     if peers:
         prompt, _ = model.prompt(text, None, audio, voice)
         history = model.unit_embed(generate())[None]  # (1, U, C)
+        plain = twin(model)
 
         def theirs() -> Tensor:
-            rows = [model.lm(torch.cat([prompt, history[:, :i]], 1))[:, -1] for i in at]
-            return model.head(torch.cat(rows))[:, :-1].argmax(-1)
+            rows = [plain.lm(torch.cat([prompt, history[:, :i]], 1))[:, -1] for i in at]
+            return plain.head(torch.cat(rows))[:, :-1].argmax(-1)
 
         case.peer, case.peer_name, case.peer_share = theirs, "no cache", len(at) / n
     return case
@@ -320,7 +329,8 @@ def vocoder(sizes: Sizes, device: torch.device, peers: bool) -> Case:
     # the F0 is added up to a phase over the whole wav, and so are differences of rounding
     case = Case(f"{sizes.seconds:g} s of units to wav", model, ours, size(model), tolerance=5e-3)
     if peers:
-        both = flow.velocity
+        plain = twin(flow)
+        both = plain.velocity
 
         def one_by_one(x: Tensor, keep: Tensor | None, *rest: Tensor) -> Tensor:
             items = zip(*(y.split(1) for y in (x, *rest)), strict=True)
@@ -328,12 +338,11 @@ def vocoder(sizes: Sizes, device: torch.device, peers: bool) -> Case:
 
         def theirs() -> Tensor:
             torch.manual_seed(0)
-            flow.velocity = one_by_one  # type: ignore[assignment, method-assign]
             rng = torch.Generator().manual_seed(0)
-            mel, _ = flow.sample(said[None], lengths, voice[None], rng=rng)
-            flow.velocity = both  # type: ignore[method-assign]
+            mel, _ = plain.sample(said[None], lengths, voice[None], rng=rng)
             return hift(mel)[0]
 
+        plain.velocity = one_by_one  # type: ignore[assignment, method-assign]
         case.peer, case.peer_name = theirs, "a call for each branch of the guidance"
     return case
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpu_linear import linear
 from kv_cache import KVCache, causal_keep
 from weights import load_strict, match, read_config, read_tensors
 
@@ -287,7 +288,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)"""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
     def new_caches(self, max_len: int) -> list[KVCache]:
         """Empty caches, one per layer, for sequences of up to max_len tokens."""

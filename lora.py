@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpu_linear import linear
+
 
 class LoRALinear(nn.Module):
     merged: Tensor | None
@@ -38,7 +40,7 @@ class LoRALinear(nn.Module):
         if self.off:
             return self.base(x)
         if self.merged is not None:
-            return F.linear(x, self.merged, self.base.bias)
+            return linear(x, self.merged, self.base.bias)
         low = self.scale * F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (..., r)
         return self.base(x).add_(F.linear(low, self.B))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 import audio
 import text
 from continuation import RNG, Prompt, Sampling, Talk, converse, generate_all
+from cpu_linear import quicken
 from data import keep_mask, pad
 from llm import LlamaConfig
 from spoken_lm import SpokenLM, SpokenLMConfig
@@ -193,9 +194,9 @@ class Pipeline:
         """bundle: asr, s3, speaker, flow, hift, lm; tokenizer and spoken_lm: folders of
         train_tokenizer.py and train_lm.py; without spoken_lm, reply() is not there."""
         self.device = torch.device(device)
-        self.frontend = Frontend(bundle).to(self.device)
-        self.tokenizer = load_tokenizer(tokenizer).to(self.device)
-        self.vocoder = load_vocoder(bundle).to(self.device)
+        self.frontend = quicken(Frontend(bundle).to(self.device))
+        self.tokenizer = quicken(load_tokenizer(tokenizer).to(self.device))
+        self.vocoder = quicken(load_vocoder(bundle).to(self.device))
         if spoken_lm is not None:
             self.lm = self.load_spoken_lm(spoken_lm)
             self.lm_tokens = text.load_tokenizer(bundle / "lm" / "tokenizer.model")
@@ -209,7 +210,7 @@ class Pipeline:
             raise ValueError(f"{folder}: the tokenizer makes no codes to go on from")
         model = SpokenLM(config, self.tokenizer.quantizer)
         load_model(model, folder)
-        return model.to(self.device)
+        return quicken(model.to(self.device))
 
     def transcribe(self, wav: Tensor) -> str:
         """wav (S,) at 16 kHz, any length -> text."""

@@ -29,6 +29,7 @@ import audio
 import synth
 import text
 from common import flag, parse, place, positive, progress, run
+from cpu_linear import quicken
 from data import Item, builtin, digest, from_file, librispeech, libritts, manifest
 from shards import (
     FORMAT,
@@ -90,7 +91,7 @@ class Features:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
-        self.frontend = open_frontend(cfg.bundle).to(device)
+        self.frontend = quicken(open_frontend(cfg.bundle).to(device))
         self.layers = read_layers(cfg.layers, self.frontend.encoder.cfg.layers)
         self.dtype = getattr(torch, cfg.dtype)
         lm = cfg.bundle / "lm"
@@ -144,8 +145,8 @@ class Codes:
             raise ValueError("--corpus features makes codes: give their --tokenizer")
         self.store, self.device = Shards(cfg.data, cfg.bundle), device
         hears = "mel" in self.store.names
-        self.frontend = open_frontend(cfg.bundle, hears).to(device)
-        self.tokenizer = load_tokenizer(cfg.tokenizer).to(device)
+        self.frontend = quicken(open_frontend(cfg.bundle, hears).to(device))
+        self.tokenizer = quicken(load_tokenizer(cfg.tokenizer).to(device))
         check_layers(self.store, self.tokenizer.config.aggregator.value_layers)
         if "llm_ids" not in self.store.names:
             raise ValueError(

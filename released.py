@@ -25,6 +25,7 @@ import audio
 import text
 import whisper_dec
 from continuation import Prompt, Sampling, converse, generate
+from cpu_linear import quicken
 from pipeline import Speech, cut, known, pieces, share
 from public import open_public
 from speaker import CAMPlus
@@ -77,8 +78,10 @@ def open_models(model: Path, asr: Path, device: torch.device) -> Models:
             raise ValueError(f"{folder}: lacks {sorted(gap)}; python public.py --check {folder}")
     llama, rules = model / "llama_tokenizer", asr / "generation_config.json"
     never = read_json(rules) if rules.is_file() else {}
-    models: dict[str, Any] = {k: v.to(device).eval() for k, v in parts.items() if k in wanted}
-    whisper: dict[str, Any] = {k: v.to(device).eval() for k, v in heard.items()}
+    models: dict[str, Any] = {
+        k: quicken(v.to(device).eval()) for k, v in parts.items() if k in wanted
+    }
+    whisper: dict[str, Any] = {k: quicken(v.to(device).eval()) for k, v in heard.items()}
     return Models(
         whisper["encoder"],
         whisper["decoder"],

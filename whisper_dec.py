@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpu_linear import linear
 from kv_cache import KVCache, causal_keep
 
 
@@ -165,7 +166,7 @@ class WhisperDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, N, C) -> (B, N, V), with the token table as the output layer."""
-        return F.linear(hidden, self.tokens.weight)
+        return linear(hidden, self.tokens.weight)
 
     def new_caches(self) -> list[LayerCache]:
         """One empty cache per block, for forward(caches=...). Use under inference_mode."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import bench
 import bench_case
-from bench_case import TINY, Case, Sizes, size
+import cpu_linear
+from bench_case import TINY, Case, Sizes, size, twin
 from bench_stages import STAGES
 
 CPU = torch.device("cpu")
@@ -95,6 +96,23 @@ def test_a_line_is_ratios_of_pairs_and_the_floor(clock: list[float]) -> None:
     made.peer = None
     row = bench.measure(made, CPU, 1)
     assert (row["floor, s"], row["ratio"], row["peer, s"]) == (32.0, None, None)
+
+
+@pytest.mark.skipif(not cpu_linear.HERE, reason="this torch has no oneDNN")
+def test_operations_of_onednn_count() -> None:
+    layer = cpu_linear.quicken(nn.Linear(512, 512))
+    case = Case("a layer", layer, lambda: layer(torch.ones(3, 4, 512)))
+    with torch.no_grad():
+        _, operations, _ = bench.first_call(case, CPU)
+    assert operations == 2 * 12 * 512 * 512
+
+
+def test_a_twin_has_the_weights_and_stays_slow() -> None:
+    layer = nn.Linear(512, 512)
+    other = twin(layer)
+    cpu_linear.quicken(layer)
+    assert type(other) is nn.Linear
+    assert other.weight is layer.weight
 
 
 def test_memory_is_what_a_call_takes_beside_the_weights() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (  # a file imports only from rows above its own
-    "common kv_cache audio pitch text vocabulary weights grammar",
+    "common kv_cache cpu_linear audio pitch text vocabulary weights grammar",
     "whisper_enc whisper_dec aggregator fsq rvq s3_units speaker unit_decoder flow hift llm lora"
     " synth",
     "tokenizer vocoder spoken_lm unit_lm metrics",
