@@ -58,11 +58,6 @@ class Config(bench_train.Steps):
 PRESETS: dict[str, dict[str, Any]] = {name: {"size": name} for name in SIZES}
 
 
-def products(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    """Of cpu_linear.py: shapes (..., in) and (out, in) -> operations."""
-    return 2 * math.prod(x) * weight[0]
-
-
 # --- the machine ---------------------------------------------------------------------------------
 
 
@@ -88,6 +83,11 @@ def machine(device: torch.device) -> str:
 
 
 # --- one line ------------------------------------------------------------------------------------
+
+
+def products(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """Of cpu_linear.py: shapes (..., in) and (out, in) -> operations."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def first_call(case: Case, device: torch.device) -> tuple[Tensor, int, float]:

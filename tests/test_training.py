@@ -96,7 +96,7 @@ def losses(run: Path) -> list[float]:
     [
         ("train_tokenizer", ()),
         ("train_lm", ("--shard", "--mfu")),
-        pytest.param("train_lm", (), marks=pytest.mark.slow),
+        ("train_lm", ()),
         pytest.param("train_lm", ("--shard", "--recompute"), marks=pytest.mark.slow),
         pytest.param("train_unit_lm", (), marks=pytest.mark.slow),
     ],
