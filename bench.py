@@ -13,7 +13,6 @@ Each stage runs in a process of its own and replaces its lines in benchmarks/DEV
 """
 
 import json
-import math
 import platform
 import re
 import subprocess
@@ -27,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench_train
 import cpu_linear
@@ -85,18 +83,12 @@ def machine(device: torch.device) -> str:
 # --- one line ------------------------------------------------------------------------------------
 
 
-def products(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    """Of cpu_linear.py: shapes (..., in) and (out, in) -> operations."""
-    return 2 * math.prod(x) * weight[0]
-
-
 def first_call(case: Case, device: torch.device) -> tuple[Tensor, int, float]:
     """The answer, the operations, and the bytes that the call takes beside what is there."""
-    ours = {torch.ops.mkldnn._linear_pointwise: products} if cpu_linear.HERE else {}
-    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+    with cpu_linear.counter() as counted:
         torch.ones(1).double().sum()  # the counter takes its own memory at the first operation
         out, most = taken(case.ours, device)
-    return out, counter.get_total_flops(), most
+    return out, counted.get_total_flops(), most
 
 
 def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+import cpu_linear
 import loop
 from aggregator import TASLA, AggregatorConfig
 from common import flag, seed_step
@@ -90,7 +90,7 @@ def count(cfg: Steps) -> None:
     step = per_hour(operations)
     with torch.device("meta"):
         encoder, mel = WhisperEncoder(EncoderConfig()), torch.empty(1, 128, WINDOW)
-        with FlopCounterMode(display=False) as counter:
+        with cpu_linear.counter() as counter:
             encoder(mel)
     heard = counter.get_total_flops() * 3600 / UTTERANCE_S
     print(f"{cfg.model}: {trained / 1e6:.1f} M parameters")

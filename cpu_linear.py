@@ -1,30 +1,55 @@
 """Large matrix products on a CPU, by oneDNN instead of MKL, which holds back on AMD's processors.
 
-    y = x W^T + b                  in fp32, without gradient; all else stays with torch
+    y = x W^T + b,   dx = dy W     in fp32; dW = dy^T x gains nothing and, like all else, stays
     model --quicken--> its large nn.Linear layers ask oneDNN
 
 x (..., in), W (out, in), b (out,) -> y (..., out). The sums are the same up to their order. Models
-are written with nn.Linear; who only runs them calls quicken once. The demo times both.
+are written with nn.Linear; who runs or trains a large one calls quicken once. The demo times both.
 """
 
-from typing import TypeVar
+import math
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 SMALLEST = 2**18  # weights of fewer numbers gain nothing
 HERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As F.linear, by oneDNN, without gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """The same for rows x (M, in), with gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight), needed = grads, ctx.saved_tensors, ctx.needs_input_grad
+        dx = product(dy, weight.T) if needed[0] else None
+        return dx, dy.T @ x if needed[1] else None, dy.sum(0) if needed[2] else None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As F.linear."""
     large = HERE and weight.numel() >= SMALLEST and x.numel() > 0
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if large and plain and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not (large and plain) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return Product.apply(rows, weight, bias).view(*x.shape[:-1], -1)
 
 
 class QuickLinear(nn.Linear):
@@ -34,11 +59,22 @@ class QuickLinear(nn.Linear):
 
 
 def quicken(model: Model) -> Model:
-    """The model itself: same weights, same names; on a GPU or in training nothing changes."""
+    """The model itself: same weights, same names; on a GPU nothing changes."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = QuickLinear
     return model
+
+
+def operations(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """Of one product: shapes (..., in) and (out, in) -> multiplications and additions."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter of operations, that knows these products, too."""
+    ours = {torch.ops.mkldnn._linear_pointwise: operations} if HERE else {}
+    return FlopCounterMode(display=False, custom_mapping=ours)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def accuracies(log: Path) -> list[tuple[int, float]]:
 
 def curves(logs: Mapping[str, Path]) -> Figure:
     """Figure 3: share of S3 units predicted right in training, from log.jsonl of each run."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, max(3.5, 1 + 0.25 * len(logs))), layout="constrained")
     axis = figure.subplots()
     for name, log in logs.items():
         axis.plot(*zip(*accuracies(log), strict=True), label=name)

@@ -32,13 +32,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
+import cpu_linear
 import llm
 import unit_decoder
 import whisper_dec
 from common import cosine, flag, positive
-from cpu_linear import linear
 from weights import first_step, read_json, save_checkpoint, steps_of
 
 In = TypeVar("In")
@@ -184,7 +183,9 @@ def read_ahead(
 
 def speed_up(cfg: Recipe, model: nn.Module) -> None:
     """--recompute and --compile, block by block: the blocks of a stack share their graphs, and
-    what decides by values (words, masks) stays outside."""
+    what decides by values (words, masks) stays outside. What is not compiled is quickened."""
+    if not cfg.compile:
+        cpu_linear.quicken(model)
     for block in (m for m in model.modules() if isinstance(m, BLOCKS)):
         if cfg.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -202,11 +203,11 @@ def flops(model: nn.Module, forward: Callable[[], Any]) -> int:
     nothing changes by it."""
     training = model.training
     model.eval()
-    with FlopCounterMode(display=False) as counter:
+    with cpu_linear.counter() as counted:
         forward().loss.backward()
     model.zero_grad()
     model.train(training)
-    return counter.get_total_flops()
+    return counted.get_total_flops()
 
 
 def ceiling(device: torch.device, seconds: float = 1.0) -> float:
@@ -217,7 +218,7 @@ def ceiling(device: torch.device, seconds: float = 1.0) -> float:
         start = time.monotonic()
         with torch.no_grad():
             for _ in range(10):
-                linear(a, a)
+                cpu_linear.linear(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, 10 * 2 * n**3 / (time.monotonic() - start))

@@ -20,15 +20,20 @@ from torch import Tensor
 
 import audio
 import text
+from aggregator import Aggregator
 from continuation import RNG, Prompt, Sampling, Talk, converse, generate_all
 from cpu_linear import quicken
 from data import keep_mask, pad
-from llm import LlamaConfig
+from flow import Flow
+from llm import Llama, LlamaConfig
 from spoken_lm import SpokenLM, SpokenLMConfig
 from tokenizer import Frontend, load_tokenizer
+from unit_decoder import UnitDecoder
 from vocabulary import Decoder, VocabularySets
 from vocoder import load_vocoder
-from weights import as_config, load_model, read_config
+from weights import Model, as_config, halve, load_model, read_config
+from whisper_dec import WhisperDecoder
+from whisper_enc import WhisperEncoder
 
 RATE = audio.WHISPER_RATE
 SHORTEST_S = 0.2  # seconds; less cannot hold a word
@@ -43,6 +48,9 @@ FADE = 110  # samples, 5 ms, of a piece into a pause
 TOP_K, TEMPERATURE = 25, 0.2  # of the units, by WER on dev; the published code draws at 1.0
 TEXT_ONLY_TEMPERATURE = 0.6  # without codes a colder decoder repeats itself
 SAMPLING = Sampling(0.8, 0.95, 1.0, 0.0)  # of words and codes; these, too, by WER on dev
+
+# what bf16 rounds: not the units, voices, codes and phases, which it would change too much
+HALVED = (WhisperEncoder, WhisperDecoder, Aggregator, UnitDecoder, Llama, Flow)
 
 
 @dataclass(frozen=True)
@@ -187,16 +195,28 @@ def joined(said: Iterable[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
     return torch.cat(wavs), all(ended)
 
 
+def ready(model: Model, bf16: bool) -> Model:
+    """The model itself, for inference: halved, or in fp32 with quick products on a CPU."""
+    return halve(model, HALVED) if bf16 else quicken(model)
+
+
 class Pipeline:
     def __init__(
-        self, bundle: Path, tokenizer: Path, spoken_lm: Path | None = None, device: str = "cpu"
+        self,
+        bundle: Path,
+        tokenizer: Path,
+        spoken_lm: Path | None = None,
+        device: str = "cpu",
+        bf16: bool = False,
     ) -> None:
         """bundle: asr, s3, speaker, flow, hift, lm; tokenizer and spoken_lm: folders of
-        train_tokenizer.py and train_lm.py; without spoken_lm, reply() is not there."""
-        self.device = torch.device(device)
-        self.frontend = quicken(Frontend(bundle).to(self.device))
-        self.tokenizer = quicken(load_tokenizer(tokenizer).to(self.device))
-        self.vocoder = quicken(load_vocoder(bundle).to(self.device))
+        train_tokenizer.py and train_lm.py; without spoken_lm, reply() is not there.
+
+        bf16: halved; then all calls belong under torch.autocast."""
+        self.device, self.bf16 = torch.device(device), bf16
+        self.frontend = ready(Frontend(bundle), bf16).to(self.device)
+        self.tokenizer = ready(load_tokenizer(tokenizer), bf16).to(self.device)
+        self.vocoder = ready(load_vocoder(bundle), bf16).to(self.device)
         if spoken_lm is not None:
             self.lm = self.load_spoken_lm(spoken_lm)
             self.lm_tokens = text.load_tokenizer(bundle / "lm" / "tokenizer.model")
@@ -209,8 +229,7 @@ class Pipeline:
         if self.tokenizer.quantizer is None:
             raise ValueError(f"{folder}: the tokenizer makes no codes to go on from")
         model = SpokenLM(config, self.tokenizer.quantizer)
-        load_model(model, folder)
-        return quicken(model.to(self.device))
+        return ready(load_model(model, folder), self.bf16).to(self.device)
 
     def transcribe(self, wav: Tensor) -> str:
         """wav (S,) at 16 kHz, any length -> text."""

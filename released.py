@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import audio
+import lora
 import text
 import whisper_dec
 from continuation import Prompt, Sampling, converse, generate
-from cpu_linear import quicken
-from pipeline import Speech, cut, known, pieces, share
+from pipeline import Speech, cut, known, pieces, ready, share
 from public import open_public
 from speaker import CAMPlus
 from spoken_lm import IGNORE, SpokenLM
@@ -63,12 +63,12 @@ class Models:
     suppress_first: Sequence[int] = ()  # and not as the first token
 
 
-def open_models(model: Path, asr: Path, device: torch.device) -> Models:
+def open_models(model: Path, asr: Path, device: torch.device, bf16: bool = False) -> Models:
     """model: Llama-1B-TASTE-V0, with its cosyvoice/ and llama_tokenizer/, its speaker_embed.onnx
-    converted into a folder beside them (see public.py); asr: whisper-large-v3. All in fp32.
+    converted into a folder beside them (see public.py); asr: whisper-large-v3.
 
-    ValueError: parts are missing, or do not fit."""
-    parts, heard = (open_public(folder, torch.float32) for folder in (model, asr))
+    In fp32, or halved, see Pipeline. ValueError: parts are missing, or do not fit."""
+    parts, heard = (open_public(folder, None if bf16 else torch.float32) for folder in (model, asr))
     wanted = {"encoder", "tokenizer", "spoken_lm", "speaker", "flow", "hift"}
     for folder, gap in (
         (model, wanted - parts.keys()),
@@ -78,10 +78,12 @@ def open_models(model: Path, asr: Path, device: torch.device) -> Models:
             raise ValueError(f"{folder}: lacks {sorted(gap)}; python public.py --check {folder}")
     llama, rules = model / "llama_tokenizer", asr / "generation_config.json"
     never = read_json(rules) if rules.is_file() else {}
-    models: dict[str, Any] = {
-        k: quicken(v.to(device).eval()) for k, v in parts.items() if k in wanted
-    }
-    whisper: dict[str, Any] = {k: quicken(v.to(device).eval()) for k, v in heard.items()}
+    models: dict[str, Any] = {k: ready(v, bf16) for k, v in parts.items() if k in wanted}
+    whisper: dict[str, Any] = {k: ready(v, bf16) for k, v in heard.items()}
+    for part in (*models.values(), *whisper.values()):
+        part.to(device).eval()
+    if not bf16:  # a sum in bf16 would lose most of the LoRA: it stays beside its layers
+        lora.fold(models["spoken_lm"])
     return Models(
         whisper["encoder"],
         whisper["decoder"],

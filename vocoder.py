@@ -33,7 +33,8 @@ class Vocoder(nn.Module):
             raise ValueError("no units to speak: the unit decoder ended at once")
         lengths = torch.tensor([len(units)], device=units.device)
         mel, _ = self.flow.sample(units[None], lengths, voice[None], rng=rng)
-        return self.hift(mel)[0]
+        with torch.autocast(mel.device.type, enabled=False):  # phases are sums over all samples
+            return self.hift(mel.float())[0]
 
 
 def load_vocoder(bundle: Path) -> Vocoder:

@@ -35,6 +35,7 @@ DAMAGED = (  # what safetensors and torch.load raise for files of another kind, 
     SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError,
     EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
 )  # fmt: skip
+LARGE = (nn.Linear, nn.Conv1d, nn.Embedding)  # what halve() rounds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder; also with .index.json
@@ -207,6 +208,21 @@ def load_model(model: Model, folder: Path) -> Model:
     """Fill `model` (which keeps its dtype) from a folder that save_model wrote; in eval mode."""
     load_strict(model, read_tensors(folder), str(folder))
     return model.eval()
+
+
+def halve(model: Model, kinds: tuple[type[nn.Module], ...]) -> Model:
+    """The model itself, to be run under torch.autocast: the linear layers, convolutions and
+    embeddings of its modules of these kinds in bf16, all else in fp32.
+
+    Half the memory; what is stored in bf16 stays memory-mapped."""
+    parts = (module for module in model.modules() if isinstance(module, kinds))
+    large = {x for part in parts for x in part.modules() if isinstance(x, LARGE)}
+    for layer in model.modules():
+        dtype = torch.bfloat16 if layer in large else torch.float32
+        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if x.is_floating_point():
+                x.data = x.data.to(dtype)
+    return model
 
 
 def write_atomic(path: Path, data: bytes) -> None:

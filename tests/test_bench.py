@@ -105,6 +105,9 @@ def test_operations_of_onednn_count() -> None:
     with torch.no_grad():
         _, operations, _ = bench.first_call(case, CPU)
     assert operations == 2 * 12 * 512 * 512
+    with cpu_linear.counter() as counted:
+        layer(torch.ones(3, 4, 512, requires_grad=True)).sum().backward()
+    assert counted.get_total_flops() == 3 * operations
 
 
 def test_a_twin_has_the_weights_and_stays_slow() -> None:

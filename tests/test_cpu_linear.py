@@ -48,7 +48,38 @@ class Spy:
         return self.op(*args)
 
 
-def test_only_large_ones_without_gradient_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "the input", "the weights"])
+@pytest.mark.parametrize("name", [*inputs()])
+def test_gives_the_same_gradients(name: str, frozen: str, bias: bool) -> None:
+    x, layer = inputs()[name], nn.Linear(512, 600, bias)
+    x.requires_grad_(frozen != "the input")
+    layer.requires_grad_(frozen != "the weights")
+    given = [x, *layer.parameters()]
+    exact = [p.detach().double().requires_grad_(p.requires_grad) for p in given]
+    y, y64 = linear(*given), nn.functional.linear(*exact)
+    dy = torch.randn(600, *y.shape[:-1]).movedim(0, -1)  # in another order in memory
+    found, wanted = (
+        torch.autograd.grad(out, [p for p in ps if p.requires_grad], dy.to(out.dtype))
+        for out, ps in ((y, given), (y64, exact))
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_a_frozen_layer_keeps_no_input() -> None:
+    layer, kept = nn.Linear(512, 512).requires_grad_(False), list[torch.Size]()
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        linear(torch.randn(3, 512, requires_grad=True), layer.weight)
+    assert kept == [layer.weight.shape]
+
+
+def test_only_large_ones_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     spy, large, small = Spy(monkeypatch), nn.Linear(512, 512), nn.Linear(512, 511)
     net, x = quicken(nn.Sequential(large, small)), torch.randn(2, 512)
     with torch.inference_mode():
@@ -58,9 +89,10 @@ def test_only_large_ones_without_gradient_in_fp32(monkeypatch: pytest.MonkeyPatc
             assert net(x).dtype == torch.bfloat16
         copy.deepcopy(net).bfloat16()(x.bfloat16())
         net.double()(x.double())
+    assert spy.calls == 1
     net.float()(x).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
-    assert spy.calls == 1
+    assert spy.calls == 2  # the input has no gradient
 
 
 def test_a_quick_model_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:

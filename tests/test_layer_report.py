@@ -116,6 +116,7 @@ def test_curves_of_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rows = [{"step": s, "accuracy": s / 100} for s in (50, 100)] + [{"step": 100, "dev_x": 1}]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "old" / "log.jsonl").write_text('{"step": 1, "ce": 2.0}\n')
+    layer_report.curves({f"run {i}": log for i in range(30)}).savefig(tmp_path / "many.png")
     (axis,) = layer_report.curves({"TASTE": log}).axes
     assert np.asarray(axis.lines[0].get_xydata()).tolist() == [[50, 0.5], [100, 1.0]]
     layer_report.save_curves(tmp_path, tmp_path / "new" / "x.png")

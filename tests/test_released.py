@@ -13,16 +13,18 @@ import torch
 from conftest import speech as buzz
 from released_models import GOLDEN, PROMPT, TRACES, Toy, build, public_tensors
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import audio
 import common
 import continuation
+import lora
 import released
 import sample
 from aggregator import spread
 from continuation import Sampling
-from pipeline import Speech
+from lora import LoRALinear
+from pipeline import Speech, ready
 from released import Models, Released, Tidy, open_models
 from spoken_lm import IGNORE, LatentHead
 
@@ -420,13 +422,19 @@ def test_the_published_settings_are_the_defaults(
 
 
 def test_models_are_put_together_or_what_is_missing_is_named(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    m, cpu = models, torch.device("cpu")
+    m, cpu = build(), torch.device("cpu")
     taste = {"encoder": m.encoder, "tokenizer": m.tokenizer, "spoken_lm": m.lm}
     taste |= {"speaker": m.speaker, "flow": m.vocoder.flow, "hift": m.vocoder.hift}
     parts = {"taste": taste, "whisper": {"encoder": m.asr_encoder, "decoder": m.asr_decoder}}
-    monkeypatch.setattr(released, "open_public", lambda path, _: dict(parts[path.name]))
+    asked = list[torch.dtype | None]()
+
+    def opened(path: Path, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+        asked.append(dtype)
+        return dict(parts[path.name])
+
+    monkeypatch.setattr(released, "open_public", opened)
     monkeypatch.setattr(
         released.text, "load_tokenizer", lambda p: {"whisper": m.asr_tokens}.get(p.name, p)
     )
@@ -442,6 +450,30 @@ def test_models_are_put_together_or_what_is_missing_is_named(
     assert made.asr_tokens is m.asr_tokens
     assert made.lm_tokens == tmp_path / "taste" / "llama_tokenizer"
     assert (made.suppress, made.suppress_first) == ([1, 2], [220, 50257])
+    assert not any(isinstance(x, LoRALinear) for x in made.lm.modules())  # folded in
+    assert asked == [torch.float32] * 2
+    taste["spoken_lm"] = build().lm
+    halved = open_models(tmp_path / "taste", tmp_path / "whisper", cpu, bf16=True)
+    assert asked[2:] == [None] * 2  # as they are stored
+    assert halved.encoder.conv1.weight.dtype == torch.bfloat16
+    assert any(isinstance(x, LoRALinear) for x in halved.lm.modules())
     del parts["taste"]["speaker"]
     with pytest.raises(ValueError, match=r"taste: lacks \['speaker'\]"):
         open_models(tmp_path / "taste", tmp_path / "whisper", cpu)
+
+
+def test_halved_it_hears_goes_on_and_speaks() -> None:
+    m = build()
+    for part in (m.asr_encoder, m.asr_decoder, m.encoder, m.tokenizer, m.lm, m.vocoder):
+        ready(part, bf16=True)
+    assert {layer.base.weight.dtype for layer in lora.lora_layers(m.lm.llm)} == {torch.bfloat16}
+    assert {x.dtype for x in (m.lm.audio.weight, *m.lm.head.parameters())} == {torch.float32}
+    for faithful in (True, False):
+        system = Released(m, faithful)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert isinstance(system.transcribe(buzz(1.0)), str)
+            prompt = system.encode(buzz(1.0), " ".join(PROMPT))
+            new, _ = system.reply(prompt, 3, GREEDY if faithful else Sampling(), prompt.voice)
+            wav, _ = system.speak(prompt.join(new), max_ratio=2.0)
+        assert wav.isfinite().all()
+        assert wav.dtype == torch.float32

@@ -28,6 +28,8 @@ import sample
 from continuation import Sampling
 from metrics import mean_and_error, ratio_and_error
 from pipeline import Speech
+from speaker import TINY as SPEAKER
+from weights import LARGE
 
 WAY = ("--reconstruct", "--threads", "1")  # the fastest
 
@@ -234,6 +236,52 @@ def test_a_batch_says_what_single_items_say(
         assert units.tolist() == alone.tolist()
         assert ended == alone_ended
     assert len({tuple(units.tolist()) for units, _ in together}) == 3
+
+
+# --- bf16 ----------------------------------------------------------------------------------------
+
+
+def test_in_bf16_all_stages_are_near_and_what_is_exact_stays(tiny_bundle: Path) -> None:
+    folders = tiny_bundle, tiny_bundle / "tokenizer", tiny_bundle / "spoken_lm", "cpu"
+    fp32, bf16 = pipeline.Pipeline(*folders), pipeline.Pipeline(*folders, bf16=True)
+    halved = [bf16.tokenizer.unit_decoder, bf16.lm.llm, bf16.frontend.encoder, bf16.vocoder.flow]
+    exact = [bf16.lm.quantizer, bf16.lm.head, bf16.frontend.speaker, bf16.vocoder.hift]
+    for part in halved:
+        large = {p.dtype for m in part.modules() if isinstance(m, LARGE) for p in m.parameters()}
+        assert large == {torch.bfloat16}
+    assert {x.dtype for part in exact for x in part.state_dict().values()} <= {
+        torch.float32,
+        torch.int64,
+    }
+    mel, keep = pipeline.mels(fp32.frontend, [speech(1.5)])
+    layers = fp32.tokenizer.config.aggregator.value_layers
+    ids, word_ids = fp32.ids([["two", "dogs", "run."]])
+    units, voice, found = torch.arange(20), torch.ones(SPEAKER.dim), []
+    for system in (fp32, bf16):
+        torch.manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=system.bf16):
+            heard = system.frontend.hear(mel, keep, layers)
+            token = system.tokenizer.aggregator(ids, word_ids, *heard)
+            hidden = system.lm.llm(torch.arange(12)[None])
+            logits = system.lm.llm.logits(hidden)
+            sound, _ = system.vocoder.flow.sample(units[None], torch.tensor([20]), voice[None],
+                                                  rng=rng)  # fmt: skip
+            wav = system.vocoder(units, voice, rng)
+        found.append([heard[0], token, logits, sound])
+        assert wav.dtype == torch.float32
+    for ours, theirs in zip(*found, strict=True):
+        assert (theirs - ours).abs().max() > 0
+        torch.testing.assert_close(
+            theirs.float(), ours, rtol=0, atol=0.05 * float(ours.abs().max())
+        )
+
+
+def test_bf16_from_the_command_line(call: Callable, tiny_bundle: Path) -> None:
+    code, out, err, path = call(tiny_bundle / "prompt.wav", "--bf16", "--words", 1)
+    assert (code, err) == (0, "")
+    assert "x real time" in out
+    assert is_sound(path)
 
 
 # --- streaming -----------------------------------------------------------------------------------
@@ -669,7 +717,8 @@ def measure(
     small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict]:
     def run(bundle: Path, *argv: object) -> dict:
-        flags = ("--bundle", bundle, "--out", tmp_path / "report", "--threads", 1, *argv)
+        flags = ("--bundle", bundle, "--out", tmp_path / "report", "--threads", 1, "--runs",
+                 tmp_path / "runs", *argv)  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
         common.run(evaluate.main)
         (file,) = (tmp_path / "report").glob("*.json")
@@ -684,7 +733,8 @@ def test_evaluate_measures_every_part(
 ) -> None:
     parts = measure(
         tiny_bundle, "--items", 3, "--prompts", 2, "--seeds", 2, "--swaps", 2, "--pairs", 2,
-        "--unit-lm", tiny_bundle / "none", "--cascade", tiny_bundle / "none",
+        "--unit-lm", tiny_bundle / "none", "--cascade", tiny_bundle / "none", "--embeddings",
+        tiny_bundle / "none",
     )  # fmt: skip
     assert list(parts) == list(evaluate.PARTS)
     assert "| reconstruction | WER |" in capsys.readouterr().out
