@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As F.linear."""
     large = HERE and weight.numel() >= SMALLEST and x.numel() > 0
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not (large and plain) or torch.is_autocast_enabled("cpu"):
+    if not (large and plain) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)

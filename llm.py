@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpu_linear import linear
-from kv_cache import KVCache, causal_keep
+from kv_cache import KVCache, Step, advance, causal_keep
 from weights import load_strict, match, read_config, read_tensors
 
 INIT_STD = 0.02  # of all matrices when trained from scratch
@@ -229,6 +229,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.step: Step | None = None  # see compile_steps
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -248,22 +249,32 @@ class Llama(nn.Module):
         if (ids is None) == (embeddings is None):
             raise ValueError("give either ids or embeddings, not both and not neither")
         x = self.embed(ids) if embeddings is None else embeddings  # (B, N, C)
-        past = caches[0].length if caches else 0
-        turn = self.turn(x, past, self.check(x, past, keep))
-        mask = self.mask(x, past, keep)
+        caches = caches or []
+        self.check(x, caches[0].length if caches else 0, keep)
+        past, total = advance(caches, x.shape[1], x.device)
+        run = self.step if self.step and total > past + x.shape[1] else self.run
+        return run(x, self.turn(x, past, keep), self.mask(x, past, total, keep), caches)
+
+    def run(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, caches: list[KVCache]
+    ) -> Tensor:
+        """x (B, N, C) -> hidden (B, N, C), normed."""
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, mask, caches[i] if caches else None)
         return self.norm(x)
 
-    def check(self, x: Tensor, past: int, keep: Tensor | None) -> Tensor | None:
-        """keep as it came, or ValueError if it or the length does not fit."""
+    def compile_steps(self) -> None:
+        """From now on: see Step."""
+        self.step = Step(self.run, len(self.layers))
+
+    def check(self, x: Tensor, past: int, keep: Tensor | None) -> None:
+        """ValueError if keep or the length does not fit."""
         B, N, _ = x.shape
         if past + N > self.config.max_tokens:
             raise ValueError(f"{past + N} tokens, the model takes {self.config.max_tokens}")
         if keep is not None and (keep.shape != (B, past + N) or keep.dtype != torch.bool):
             got = f"{keep.dtype} {(*keep.shape,)}"
             raise ValueError(f"keep must be bool (B, past + N) = {(B, past + N)}, got {got}")
-        return keep
 
     def turn(self, x: Tensor, past: int, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, 1, N, D/2) fp32 of the angles of the new positions."""
@@ -274,16 +285,17 @@ class Llama(nn.Module):
         angle = position[:, None, :, None] * frequencies(self.config, x.device)  # (B, 1, N, D/2)
         return angle.cos(), angle.sin()
 
-    def mask(self, x: Tensor, past: int, keep: Tensor | None) -> Tensor | None:
-        """Who attends to whom, (B or 1, 1, N, past + N) bool, or None: SDPA's own causal mask."""
+    def mask(self, x: Tensor, past: int, total: int, keep: Tensor | None) -> Tensor | None:
+        """Who attends to whom, (B or 1, 1, N, total) bool, or None: SDPA's own causal mask."""
         N = x.shape[1]
-        if keep is None and (past == 0 or N == 1):
+        if keep is None and total == past + N and (past == 0 or N == 1):
             return None
-        mask = causal_keep(N, past, x.device)[None, None]  # (1, 1, N, past + N)
+        mask = causal_keep(N, past, x.device, total)[None, None]  # (1, 1, N, total)
         if keep is not None:
-            mask = mask & keep[:, None, None, :]
+            mask = mask & F.pad(keep, (0, total - past - N))[:, None, None, :]
             # Padding sees at least itself: a softmax over nothing is NaN.
-            mask = mask | torch.eye(past + N, device=x.device, dtype=torch.bool)[past:]
+            itself = torch.eye(total, device=x.device, dtype=torch.bool)
+            mask = mask | itself[past : past + N]
         return mask
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -292,7 +304,7 @@ class Llama(nn.Module):
 
     def new_caches(self, max_len: int) -> list[KVCache]:
         """Empty caches, one per layer, for sequences of up to max_len tokens."""
-        return [KVCache(max_len) for _ in self.layers]
+        return self.step.caches(max_len) if self.step else [KVCache(max_len) for _ in self.layers]
 
 
 def pick(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import audio
 import text
@@ -24,11 +24,11 @@ from aggregator import Aggregator
 from continuation import RNG, Prompt, Sampling, Talk, converse, generate_all
 from cpu_linear import quicken
 from data import keep_mask, pad
-from flow import Flow
+from flow import Estimator, Flow
 from llm import Llama, LlamaConfig
 from spoken_lm import SpokenLM, SpokenLMConfig
 from tokenizer import Frontend, load_tokenizer
-from unit_decoder import UnitDecoder
+from unit_decoder import Stack, UnitDecoder
 from vocabulary import Decoder, VocabularySets
 from vocoder import load_vocoder
 from weights import Model, as_config, halve, load_model, read_config
@@ -200,6 +200,16 @@ def ready(model: Model, bf16: bool) -> Model:
     return halve(model, HALVED) if bf16 else quicken(model)
 
 
+def compile_steps(*models: nn.Module) -> None:
+    """From now on what these repeat is compiled: a step of the LM, of the unit decoder and of the
+    recognizer (see kv_cache.Step), and a step of the flow. It takes a minute at the first use."""
+    for part in (part for model in models for part in model.modules()):
+        if isinstance(part, Llama | WhisperDecoder) or (isinstance(part, Stack) and part.is_lm):
+            part.compile_steps()
+        elif isinstance(part, Estimator):
+            part.compile(dynamic=True)
+
+
 class Pipeline:
     def __init__(
         self,
@@ -230,6 +240,11 @@ class Pipeline:
             raise ValueError(f"{folder}: the tokenizer makes no codes to go on from")
         model = SpokenLM(config, self.tokenizer.quantizer)
         return ready(load_model(model, folder), self.bf16).to(self.device)
+
+    def compile_steps(self) -> None:
+        """See compile_steps above."""
+        lm = [self.lm] if hasattr(self, "lm") else []
+        compile_steps(self.frontend, self.tokenizer, self.vocoder, *lm)
 
     def transcribe(self, wav: Tensor) -> str:
         """wav (S,) at 16 kHz, any length -> text."""

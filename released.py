@@ -26,7 +26,7 @@ import lora
 import text
 import whisper_dec
 from continuation import Prompt, Sampling, converse, generate
-from pipeline import Speech, cut, known, pieces, ready, share
+from pipeline import Speech, compile_steps, cut, known, pieces, ready, share
 from public import open_public
 from speaker import CAMPlus
 from spoken_lm import IGNORE, SpokenLM
@@ -125,6 +125,11 @@ class Released:
         self.asr_tokens = Tidy(models.asr_tokens) if faithful else models.asr_tokens
         tokens = Tidy(models.lm_tokens) if faithful else models.lm_tokens
         self.sets = VocabularySets.of(tokens, llm.config.vocab, faithful)
+
+    def compile_steps(self) -> None:
+        """See pipeline.compile_steps."""
+        m = self.models
+        compile_steps(m.asr_decoder, m.tokenizer, m.lm, m.vocoder)
 
     def mel(self, wav: Tensor, encoder: WhisperEncoder) -> Tensor:
         """wav (S,) at 16 kHz -> (1, M, F), all that the encoder can take; the rest is cut off."""

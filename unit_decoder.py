@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kv_cache import KVCache, causal_keep
+from kv_cache import KVCache, Step, advance, causal_keep
 
 IGNORE = -1  # pads units and targets: 0 is a real unit
 MAX_TIME = 10000.0  # longest period of R, in positions / 2 pi
@@ -118,15 +118,19 @@ class RelativeAttention(nn.Module):
         self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Pair:
+    def forward(
+        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None,
+        slip: Tensor | None = None,
+    ) -> Pair:  # fmt: skip
         """x (B, n, C); distance (H, t, D), W_pos R; seen (B or 1, 1, n, t) bool -> (B, n, C), and
-        where each position looked, (B, H, n, t)."""
+        where each position looked, (B, H, n, t). slip (t,): from distances to keys, n = 1."""
         qkv = (f(x).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))
         q, k, v = (y.transpose(1, 2) for y in qkv)  # (B, H, n, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, t, D)
         content = (q + self.bias_u[:, None]) @ k.transpose(2, 3)  # (B, H, n, t)
-        position = by_key((q + self.bias_v[:, None]) @ distance.transpose(1, 2))  # (B, H, n, t)
+        position = (q + self.bias_v[:, None]) @ distance.transpose(1, 2)  # (B, H, n, t)
+        position = by_key(position) if slip is None else position[..., slip]
         score = (content + position).float() / q.shape[3] ** 0.5
         # finite, not -inf: a padding row, which sees nothing, gives a mean and no NaN
         score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
@@ -143,9 +147,12 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
         self.act, self.drop = act, nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None) -> Pair:
+    def forward(
+        self, x: Tensor, distance: Tensor, seen: Tensor, cache: KVCache | None,
+        slip: Tensor | None = None,
+    ) -> Pair:  # fmt: skip
         """x (B, n, C) -> (B, n, C): pre-norm attention, then pre-norm feed-forward; weights."""
-        y, weights = self.attn(self.norm1(x), distance, seen, cache)
+        y, weights = self.attn(self.norm1(x), distance, seen, cache, slip)
         x = x + self.drop(y)
         return x + self.drop(self.fc2(self.drop(self.act(self.fc1(self.norm2(x)))))), weights
 
@@ -166,6 +173,7 @@ class Stack(nn.Module):
         layer = config.heads, config.ffn, config.dropout, nn.ReLU() if is_lm else nn.SiLU()
         self.blocks = nn.ModuleList(Block(width, *layer) for _ in range(blocks))
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(config.dropout)
+        self.step: Step | None = None  # see compile_steps
 
     def distances(self, length: int) -> list[Tensor]:
         """W_pos R(length-1 .. 0), (H, length, D), of each block."""
@@ -175,6 +183,9 @@ class Stack(nn.Module):
 
     def past(self, max_len: int) -> Past:
         """Room for max_len positions, to be handed to forward step by step."""
+        if self.step:
+            caches = self.step.caches(max_len)
+            return list(zip(caches, self.distances(caches[0].max_len), strict=True))
         return [(KVCache(max_len), distance) for distance in self.distances(max_len)]
 
     def forward(
@@ -185,21 +196,35 @@ class Stack(nn.Module):
 
         Without `past` t = n. Padding on the right needs no keep: nothing real looks ahead.
         maps: a list to which each block adds where it looked, (B, H, n, t)."""
-        n = x.shape[1]
-        t = n + past[0][0].length if past else n
-        seen = causal_keep(n, t - n, x.device)  # (n, t)
-        if keep is not None:
-            seen = (seen & keep[:, None])[:, None]  # (B, 1, n, t): the same for all heads
+        n, caches = x.shape[1], [cache for cache, _ in past or []]
+        before, t = advance(caches, n, x.device)
+        seen, slip = causal_keep(n, before, x.device, t), None  # (n, t)
+        if keep is not None:  # (B, 1, n, t): the same for all heads
+            seen = (seen & F.pad(keep, (0, t - before - n))[:, None])[:, None]
+        if t > before + n:  # what is not there yet comes last among the keys, first among distances
+            slip = (torch.arange(t, device=x.device) + t - 1 - before) % t
         x = self.drop(self.into_norm(self.into(x).float()))  # (B, n, C)
         if self.is_lm:
             x = x.relu()  # Quirk: the published LM clips its input, so that it is never negative
         x = self.drop(x * self.width**0.5)
         distance = [d[:, -t:] for _, d in past] if past else self.distances(n)  # (H, t, D) each
+        run = self.step if self.step and t > before + n else self.run
+        return run(x, distance, seen, slip, caches, maps)
+
+    def run(
+        self, x: Tensor, distance: list[Tensor], seen: Tensor, slip: Tensor | None,
+        caches: list[KVCache], maps: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, n, C) -> (B, n, C), normed."""
         for i, block in enumerate(self.blocks):
-            x, weights = block(x, distance[i], seen, past[i][0] if past else None)
+            x, weights = block(x, distance[i], seen, caches[i] if caches else None, slip)
             if maps is not None:
                 maps.append(weights)
         return self.norm(x)
+
+    def compile_steps(self) -> None:
+        """From now on: see Step."""
+        self.step = Step(self.run, len(self.blocks))
 
 
 class UnitDecoder(nn.Module):

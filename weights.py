@@ -219,9 +219,10 @@ def halve(model: Model, kinds: tuple[type[nn.Module], ...]) -> Model:
     large = {x for part in parts for x in part.modules() if isinstance(x, LARGE)}
     for layer in model.modules():
         dtype = torch.bfloat16 if layer in large else torch.float32
-        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            if x.is_floating_point():
-                x.data = x.data.to(dtype)
+        for name, p in [*layer.named_parameters(recurse=False)]:
+            setattr(layer, name, nn.Parameter(p.to(dtype), p.requires_grad))
+        for name, x in [*layer.named_buffers(recurse=False)]:
+            setattr(layer, name, x.to(dtype) if x.is_floating_point() else x)
     return model
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpu_linear import linear
-from kv_cache import KVCache, causal_keep
+from kv_cache import KVCache, Step, advance, causal_keep
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class WhisperDecoder(nn.Module):
         self.positions = nn.Parameter(torch.empty(cfg.max_tokens, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.ffn) for _ in range(cfg.layers))
         self.norm = nn.LayerNorm(cfg.width)
+        self.step: Step | None = None  # see compile_steps
         nn.init.normal_(self.tokens.weight, std=0.02)  # also the output layer: keep logits small
         nn.init.normal_(self.positions, std=0.02)
 
@@ -150,19 +151,39 @@ class WhisperDecoder(nn.Module):
         or, with need_weights, (hidden, cross-attention weights (B, L, H, N, T) fp32).
         caches: from new_caches(); ids then continue where the last call ended, and keys and values
         are read by the first call only. Raises ValueError if positions run out or shapes differ."""
-        past = caches[0].text.length if caches else 0
-        self.check(ids, keys, keep, past)
+        caches, N = caches or [], ids.shape[1]
+        self.check(ids, keys, keep, caches[0].text.length if caches else 0)
+        past, total = advance([cache.text for cache in caches], N, ids.device)
         values = keys if values is None else values
-        causal = causal_keep(ids.shape[1], past, ids.device)  # (N, past + N)
+        causal = causal_keep(N, past, ids.device, total)  # (N, total)
         mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, T)
-        x = self.tokens(ids) + self.positions[past : past + ids.shape[1]]  # (B, N, C)
-        maps = []
+        x = self.tokens(ids) + self.positions[past : past + N]  # (B, N, C)
+        maps: list[Tensor] | None = [] if need_weights else None
+        run = self.step if self.step and total > past + N else self.run
+        hidden = run(x, keys, values, causal, mask, caches, maps)
+        return hidden if maps is None else (hidden, torch.stack(maps, dim=1))
+
+    def run(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        causal: Tensor,
+        mask: Tensor | None,
+        caches: list[LayerCache],
+        maps: list[Tensor] | None,
+    ) -> Tensor:
+        """x (B, N, C) -> hidden (B, N, C); maps: each block adds its weights (B, H, N, T)."""
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            x, weights = block(x, keys, values, causal, mask, cache, need_weights)
-            maps.append(weights)
-        hidden = self.norm(x)
-        return (hidden, torch.stack(maps, dim=1)) if need_weights else hidden
+            x, weights = block(x, keys, values, causal, mask, cache, maps is not None)
+            if maps is not None:
+                maps.append(weights)
+        return self.norm(x)
+
+    def compile_steps(self) -> None:
+        """From now on: see Step."""
+        self.step = Step(self.run, len(self.blocks))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, N, C) -> (B, N, V), with the token table as the output layer."""
@@ -170,7 +191,9 @@ class WhisperDecoder(nn.Module):
 
     def new_caches(self) -> list[LayerCache]:
         """One empty cache per block, for forward(caches=...). Use under inference_mode."""
-        return [LayerCache(KVCache(self.cfg.max_tokens)) for _ in self.blocks]
+        room = self.cfg.max_tokens
+        texts = self.step.caches(room) if self.step else [KVCache(room) for _ in self.blocks]
+        return [LayerCache(text) for text in texts]
 
     def check(self, ids: Tensor, keys: Tensor, keep: Tensor | None, past: int) -> None:
         """Raise ValueError for input that does not fit."""

@@ -142,8 +142,9 @@ def test_opening_costs_what_the_file_costs(
 
 
 @pytest.mark.slow
-def test_the_whole_program(tmp_path: Path) -> None:
-    """A spoken prompt of 3 s through whisper-large-v3, TASTE and its vocoder, in fp32."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_whole_program(precision: str, tmp_path: Path) -> None:
+    """A spoken prompt of 3 s through whisper-large-v3, TASTE and its vocoder."""
     taste, whisper = tmp_path / "taste", tmp_path / "whisper"
     for folder in (taste / "cosyvoice", whisper):
         folder.mkdir(parents=True)
@@ -157,6 +158,7 @@ def test_the_whole_program(tmp_path: Path) -> None:
     flags = ["--text", "their brave lion", "--words", "2", "--out", str(out)]
     command = [sys.executable, "-c", SPEAK, str(ROOT / "weights/tiny/prompt.wav"), *flags]
     command += ["--model", str(taste), "--asr", str(whisper)]
+    command += ["--bf16"] if precision == "bf16" else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f"\n{done.stdout}")

@@ -160,7 +160,7 @@ def test_a_padded_batch_gives_what_single_sequences_give(left: bool) -> None:
     embeddings = model.embed(ids)
     hidden = model(embeddings=embeddings.masked_fill(~keep[..., None], 1e4), keep=keep)
     assert hidden.isfinite().all()
-    mask = model.mask(embeddings, 0, keep)
+    mask = model.mask(embeddings, 0, 9, keep)
     assert mask is not None
     assert mask.any(-1).all()  # nobody is left with nothing to attend to
     for row, real in enumerate(keep):

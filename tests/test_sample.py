@@ -284,6 +284,29 @@ def test_bf16_from_the_command_line(call: Callable, tiny_bundle: Path) -> None:
     assert is_sound(path)
 
 
+@pytest.mark.parametrize("flags", [("--words", 1), ("--stream", "--words", 1), ("--reconstruct",)])
+def test_what_is_repeated_is_compiled(
+    flags: tuple, call: Callable, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler makes of it is looked at in test_kv_cache.py."""
+    plain = call(tiny_bundle / "prompt.wav", *flags, out="out/plain.wav")
+    compiled = list[str]()
+
+    def mark(run: Callable, **_: object) -> Callable:
+        compiled.append(type(getattr(run, "__self__", None)).__name__)
+        return run
+
+    monkeypatch.setattr(torch, "compile", mark)
+    found = call(tiny_bundle / "prompt.wav", *flags, "--compile")
+    assert found[0] == 0
+    wanted = {"Stack", "WhisperDecoder", "Estimator", *(["Llama"] * ("--words" in flags))}
+    assert set(compiled) == wanted
+    lines = [[x for x in out.splitlines() if x.startswith(("prompt", "continuation"))]
+             for _, out, *_ in (plain, found)]  # fmt: skip
+    assert lines[0] == lines[1]
+    assert len(audio.read(found[3], None)) == len(audio.read(plain[3], None))
+
+
 # --- streaming -----------------------------------------------------------------------------------
 
 
