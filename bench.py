@@ -2,6 +2,7 @@
 
     python bench.py                                      all stages at full size, random weights
     python bench.py --stage decode,rvq --preset small    some of them, smaller
+    python bench.py --stage encoder --bf16 --compile     ours in bf16, compiled; the peer as before
     python bench.py --stage train --count                a training step, see bench_train.py
 
 Both sides share their weights, must agree on the same input before anything is timed, and then run
@@ -13,13 +14,14 @@ Each stage runs in a process of its own and replaces its lines in benchmarks/DEV
 """
 
 import json
+import math
 import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,12 @@ import loop
 from bench_case import SIZES, Case, Sizes, Stage, size, taken, timed, wait
 from bench_stages import STAGES
 from common import flag, parse, pick_device, positive, run
+from pipeline import compile_steps, ready
 from weights import read_json, write_atomic
 
 ROOT = Path(__file__).parent
 ENOUGH_S = 2.0  # quick stages repeat their pairs for so long
+WARM = 3  # calls of what is compiled, before it is timed
 MOST = 50  # but not more often
 ALL = (*STAGES, "sample")  # `train` has to be asked for: at full size it is one for a GPU
 Row = dict[str, Any]
@@ -51,6 +55,9 @@ class Config(bench_train.Steps):
     threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
     size: str = flag("full", "set by --preset", choices=SIZES)
+    bf16: bool = flag(False, "our large matrices in bf16")
+    compile: bool = flag(False, "compile what we repeat")
+    items: int = flag(1, "recordings that the encoder hears at once")
 
 
 PRESETS: dict[str, dict[str, Any]] = {name: {"size": name} for name in SIZES}
@@ -103,13 +110,30 @@ def agree(case: Case, ours: Tensor, theirs: Tensor) -> None:
         raise ValueError(f"{case.what}: differs from {case.peer_name} by {error:.1g}; not timed")
 
 
-def measure(case: Case, device: torch.device, least: int) -> Row:
+def halved(case: Case, device: torch.device) -> Case:
+    """Ours in bf16, in which another token may soon be the best one: the sides are not compared."""
+    before, after = size(case.model), size(ready(case.model, bf16=True))
+    if after == before:  # nothing of it may be
+        return case
+    ours, reads = (
+        torch.autocast(device.type, torch.bfloat16)(case.ours),
+        case.reads * after // before,
+    )
+    what, dtype = f"{case.what}, bf16", torch.bfloat16
+    return replace(case, what=what, ours=ours, reads=reads, dtype=dtype, tolerance=math.inf)
+
+
+def measure(case: Case, device: torch.device, least: int, compiled: bool = False) -> Row:
     """One line of the table."""
-    cpu_linear.quicken(case.model)
     with torch.set_grad_enabled(case.model.training):
         out, operations, memory = first_call(case, device)
         if case.peer is not None:
             agree(case, out, case.peer())
+        if compiled:
+            compile_steps(case.model)
+            case = replace(case, what=f"{case.what}, compiled")
+            for _ in range(WARM):
+                agree(case, case.ours(), out)
         ours: list[float] = []
         theirs: list[float] = []
         start = time.monotonic()
@@ -123,7 +147,7 @@ def measure(case: Case, device: torch.device, least: int) -> Row:
         pairs = zip(ours, theirs, strict=True)
         ratios = torch.tensor([b / a for a, b in pairs], dtype=torch.float64)
         low, ratio, high = ratios.quantile(at).tolist()
-    floor = max(operations / loop.ceiling(device), case.reads / read_rate(device))
+    floor = max(operations / loop.ceiling(device, case.dtype), case.reads / read_rate(device))
     spent = float(torch.tensor(ours).median())
     return {
         "what": case.what,
@@ -147,11 +171,15 @@ def measure(case: Case, device: torch.device, least: int) -> Row:
 def compare(stage: Stage, sizes: Sizes, device: torch.device, cfg: Config) -> Row:
     torch.manual_seed(0)
     try:
-        return measure(stage(sizes, device, cfg.peers), device, cfg.pairs)
+        case, absent = stage(sizes, device, cfg.peers), {}
     except ModuleNotFoundError as e:
         print(f"{e.name} is not installed: pip install -r requirements-dev.txt")
-        alone = measure(stage(sizes, device, False), device, cfg.pairs)
-        return alone | {"peer": f"{e.name}: absent"}
+        case, absent = stage(sizes, device, False), {"peer": f"{e.name}: absent"}
+    if cfg.bf16:
+        case = halved(case, device)
+    else:
+        cpu_linear.quicken(case.model)
+    return measure(case, device, cfg.pairs, cfg.compile) | absent
 
 
 def sample(cfg: Config) -> Row:
@@ -188,7 +216,8 @@ def rows(name: str, cfg: Config, device: torch.device) -> list[Row]:
         kinds = (("eager", False), ("compiled", True))
         found = [{"what": k, **bench_train.timed(cfg, c, device)} for k, c in kinds]
         return [{"training step": cfg.model, **row} for row in found]
-    return [compare(stage, SIZES[cfg.size], device, cfg) for stage in STAGES[name]]
+    sizes = replace(SIZES[cfg.size], recordings=cfg.items)
+    return [compare(stage, sizes, device, cfg) for stage in STAGES[name]]
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -220,9 +249,11 @@ def markdown(found: dict[str, Any]) -> str:
 def keep(cfg: Config, name: str, device: torch.device, new: list[Row]) -> None:
     """Put the lines of one stage in the place of its old ones."""
     cfg.out.mkdir(parents=True, exist_ok=True)
-    path = cfg.out / f"{device.type}_{cfg.size}.json"
+    how = [name for name in ("bf16", "compile") if getattr(cfg, name)]
+    path = cfg.out / f"{'_'.join([device.type, cfg.size, *how])}.json"
     found = read_json(path) if path.exists() else {}
-    flags = f" --preset {cfg.size} --threads {cfg.threads}"
+    flags = " ".join([f" --preset {cfg.size} --threads {cfg.threads}", *(f"--{x}" for x in how)])
+    flags += f" --items {cfg.items}" if cfg.items > 1 else ""
     command = f"python bench.py --stage {name}{flags}"
     about = {"machine": machine(device), "date": str(date.today()), "command": command}
     found[name] = {"rows": new, **about}
@@ -241,7 +272,7 @@ def chosen(cfg: Config) -> list[str]:
 
 def main() -> None:
     cfg = parse(Config, PRESETS, __doc__)
-    positive(cfg, "steps", "frames", "threads", "pairs")
+    positive(cfg, "steps", "frames", "threads", "pairs", "items")
     if cfg.count:
         bench_train.count(cfg)
         return

@@ -54,6 +54,7 @@ class Sizes:
     batch: int = 8  # prompts at once
     units: int = 500  # to generate
     seconds: float = 3.0  # to vocode
+    recordings: int = 1  # to hear at once
     words: int = 32  # of an utterance, of which 16 are quantized: 12 s each
     skip: int = 16  # what has no cache is timed at one of so many steps
 
@@ -87,6 +88,7 @@ class Case:
     peer_name: str = ""
     peer_share: float = 1.0  # of its work that the peer does: its time is divided by it
     tolerance: float = 1e-4  # of floats, relative to the largest; integers: share that differs
+    dtype: torch.dtype | None = None  # of our large products, if not the usual one of the device
 
 
 Model = TypeVar("Model", bound=nn.Module)

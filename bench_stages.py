@@ -41,14 +41,17 @@ LAYERS = ("q", "k", "v", "o", "gate", "up", "down")  # that it adapts
 
 
 def encoder(sizes: Sizes, device: torch.device, peers: bool) -> Case:
-    """30 s of log-mel -> last."""
+    """30 s of log-mel each -> last."""
     enc, dec = sizes.encoder, replace(sizes.decoder, width=sizes.encoder.width)
-    mel = torch.randn(1, enc.n_mels, 3000, device=device)
+    mel = torch.randn(sizes.recordings, enc.n_mels, 3000, device=device)
     if peers:
         model, peer = bench_peers.encoder(enc, dec, device)
     else:
         model, peer = WhisperEncoder(enc).to(device).eval(), None
-    case = Case("30 s through the Whisper encoder", model, lambda: model(mel)[0], size(model))
+    many = f"{len(mel)} times " if len(mel) > 1 else ""
+    case = Case(
+        f"{many}30 s through the Whisper encoder", model, lambda: model(mel)[0], size(model)
+    )
     if peer is not None:
         case.peer = lambda: peer(mel).last_hidden_state
         case.peer_name = named("transformers", "SDPA")
@@ -231,7 +234,9 @@ def talk(sizes: Sizes, device: torch.device) -> tuple[SpokenLM, Callable[[int], 
 
     def go_on(batch: int) -> Tensor:
         told = [prompt] * batch, GREEDY, sizes.said, sizes.said
-        return torch.stack([x.ids for x in generate_all(model, sets, *told)])
+        halved = model.llm.embed.weight.dtype == torch.bfloat16  # then both sides are
+        with torch.autocast(device.type, torch.bfloat16, enabled=halved):
+            return torch.stack([x.ids for x in generate_all(model, sets, *told)])
 
     return model, go_on
 

@@ -210,10 +210,14 @@ def flops(model: nn.Module, forward: Callable[[], Any]) -> int:
     return counted.get_total_flops()
 
 
-def ceiling(device: torch.device, seconds: float = 1.0) -> float:
+def ceiling(device: torch.device, dtype: torch.dtype | None = None, seconds: float = 1.0) -> float:
     """Operations a second of the best of some large matrix products on this device."""
-    n, dtype = CEILING[device.type]
-    a, best, end = torch.ones(n, n, dtype=dtype, device=device), 0.0, time.monotonic() + seconds
+    n, usual = CEILING[device.type]
+    a, best, end = (
+        torch.ones(n, n, dtype=dtype or usual, device=device),
+        0.0,
+        time.monotonic() + seconds,
+    )
     while time.monotonic() < end:
         start = time.monotonic()
         with torch.no_grad():

@@ -220,7 +220,8 @@ def halve(model: Model, kinds: tuple[type[nn.Module], ...]) -> Model:
     for layer in model.modules():
         dtype = torch.bfloat16 if layer in large else torch.float32
         for name, p in [*layer.named_parameters(recurse=False)]:
-            setattr(layer, name, nn.Parameter(p.to(dtype), p.requires_grad))
+            if p.dtype != dtype:
+                setattr(layer, name, nn.Parameter(p.to(dtype), p.requires_grad))
         for name, x in [*layer.named_buffers(recurse=False)]:
             setattr(layer, name, x.to(dtype) if x.is_floating_point() else x)
     return model

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(bench, "timed", timed)
     monkeypatch.setattr(bench, "ENOUGH_S", 0.0)
     monkeypatch.setattr(bench, "read_rate", lambda device: 4.0)
-    monkeypatch.setattr(bench.loop, "ceiling", lambda device: 2.0)
+    monkeypatch.setattr(bench.loop, "ceiling", lambda device, dtype: 4.0 if dtype else 2.0)
     return spent
 
 
@@ -124,6 +124,59 @@ def test_memory_is_what_a_call_takes_beside_the_weights() -> None:
     _, _, memory = bench.first_call(made, CPU)
     if bench_case.FORGET.exists():
         assert 0.11e9 < memory < 0.16e9
+
+
+def test_in_bf16_the_floor_is_lower_and_the_peer_stays(clock: list[float]) -> None:
+    torch.manual_seed(0)
+    made = STAGES["encoder"][0](QUICK, CPU, True)
+    before, peer = made.reads, made.peer() if made.peer else None
+    halved = bench.halved(made, CPU)
+    assert halved.what.endswith(", bf16")
+    assert 0.4 < halved.reads / before < 0.7  # its positions stay
+    assert halved.peer is not None
+    assert peer is not None
+    assert torch.equal(halved.peer(), peer)
+    error = (halved.ours() - peer).abs().max() / peer.abs().max()
+    assert 1e-4 < error < 0.05
+    floor, usual = (
+        bench.measure(replace(halved, dtype=dtype), CPU, 1)["floor, s"]
+        for dtype in (halved.dtype, None)
+    )
+    assert floor == usual / 2
+    exact = STAGES["fsq"][0](QUICK, CPU, False)
+    assert bench.halved(exact, CPU) is exact
+
+
+def test_what_is_compiled_is_checked_and_timed_after_it(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = list[int]()
+
+    def mark(run: Any, **_: object) -> Any:
+        compiled.append(len(clock))
+        return run
+
+    monkeypatch.setattr(torch, "compile", mark)
+    made = STAGES["unit_decoder"][0](QUICK, CPU, False)
+    assert bench.measure(made, CPU, 2, compiled=True)["what"].endswith(", compiled")
+    assert compiled == [0]
+    assert len(clock) == 2
+    monkeypatch.setattr(torch, "compile", lambda run, **_: lambda x, *a: run(x + 1, *a))
+    with pytest.raises(ValueError, match="not timed"):
+        bench.measure(STAGES["spoken_lm"][0](QUICK, CPU, False), CPU, 2, compiled=True)
+
+
+def test_results_of_each_way_have_a_file(tmp_path: Path) -> None:
+    line = {"what": "it", "ours, s": 0.5}
+    bench.keep(bench.Config(out=tmp_path, size="tiny"), "rvq", CPU, [line])
+    cfg = bench.Config(out=tmp_path, size="tiny", bf16=True, compile=True, items=16)
+    bench.keep(cfg, "encoder", CPU, [line])
+    names = "cpu_tiny.json", "cpu_tiny.md", "cpu_tiny_bf16_compile.json", "cpu_tiny_bf16_compile.md"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names]
+    command = (
+        "`python bench.py --stage encoder --preset tiny --threads 2 --bf16 --compile --items 16`"
+    )
+    assert command in (tmp_path / names[3]).read_text()
 
 
 def test_an_absent_peer_is_named(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

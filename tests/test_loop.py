@@ -235,7 +235,7 @@ def test_operations_are_counted_and_nothing_changes() -> None:
     assert found == 2 * first + 3 * second  # nothing asks for the gradient of x
     assert all(p.grad is None for p in model.parameters())
     assert model.training
-    assert loop.ceiling(CPU, 0.01) > 1e8
+    assert loop.ceiling(CPU, seconds=0.01) > 1e8
 
 
 def test_a_meter_counts_per_second_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
