@@ -213,8 +213,10 @@ def rows(name: str, cfg: Config, device: torch.device) -> list[Row]:
     if name == "sample":
         return [sample(cfg)]
     if name == "train":
-        kinds = (("eager", False), ("compiled", True))
-        found = [{"what": k, **bench_train.timed(cfg, c, device)} for k, c in kinds]
+        kinds = {"eager": False, "compiled": True}
+        if device.type == "cpu" and not cfg.compile:  # it is for a GPU
+            del kinds["compiled"]
+        found = [{"what": k, **bench_train.timed(cfg, c, device)} for k, c in kinds.items()]
         return [{"training step": cfg.model, **row} for row in found]
     sizes = replace(SIZES[cfg.size], recordings=cfg.items)
     return [compare(stage, sizes, device, cfg) for stage in STAGES[name]]

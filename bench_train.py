@@ -8,6 +8,7 @@ operations are counted, not estimated: of three short utterances, to which a par
 for all that is done grows with the length or with its square.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tokenizer import SpeechTokenizer, TokenizerBatch, TokenizerConfig
 from unit_decoder import UnitDecoderConfig
 from whisper_enc import EncoderConfig, WhisperEncoder
 
+CORPORA = (960, 40_000)  # hours of speech
 UTTERANCE_S = 12.3  # mean of LibriSpeech's 960 h
 TOKENS_S = 2.62  # text tokens a second of speech [TASLA, sec. 3.3]
 RATE = 50  # encoder frames and units a second
@@ -41,6 +43,7 @@ class Steps:
     frames: int = flag(2000, "mel frames in its micro-batch")
     steps: int = flag(200, "micro-batches that it times")
     count: bool = flag(False, "only count its operations")
+    tflops: float = flag(100.0, "rate that turns them into hours: 10^12 a second, sustained")
     recompute: bool = flag(False, "keep no activations inside its blocks")
 
 
@@ -80,6 +83,8 @@ def per_hour(operations: Callable[[float], int], seconds: float = UTTERANCE_S) -
 
 
 def count(cfg: Steps) -> None:
+    if not 0 < cfg.tflops < math.inf:
+        raise ValueError(f"--tflops {cfg.tflops}: wanted a number above 0")
     torch.manual_seed(0)
     model, cpu = build(cfg), torch.device("cpu")
 
@@ -96,6 +101,9 @@ def count(cfg: Steps) -> None:
     print(f"{cfg.model}: {trained / 1e6:.1f} M parameters")
     print(f"training      {step / 1e15:8.2f} PFLOP per hour of speech and epoch")
     print(f"the encoder   {heard / 1e15:8.2f} PFLOP per hour of speech, once")
+    for hours in CORPORA:
+        epoch, once = (x * hours / (3600e12 * cfg.tflops) for x in (step, heard))
+        print(f"{hours} h at {cfg.tflops:g} TFLOP/s: {epoch:.2g} h an epoch, {once:.2g} h once")
 
 
 def timed(cfg: Steps, compile: bool, device: torch.device) -> dict[str, float]:

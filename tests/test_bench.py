@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bench
 import bench_case
+import bench_train
 import cpu_linear
 from bench_case import TINY, Case, Sizes, size, twin
 from bench_stages import STAGES
@@ -223,3 +224,18 @@ def test_sample_is_timed_as_a_process() -> None:
 def test_a_process_that_fails_is_no_figure() -> None:
     with pytest.raises(ValueError, match=r"(?s)python -c import nothing failed: .*ModuleNotFound"):
         bench.process("-c", "import nothing")
+
+
+def test_operations_become_hours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_train, "build", lambda cfg: nn.Linear(2, 2))
+    monkeypatch.setattr(bench_train, "per_hour", lambda operations: 4.5e15)
+    bench_train.count(bench_train.Steps(tflops=2.5))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[1] == "4.50"
+    heard = float(lines[2].split()[2])  # PFLOP an hour of speech
+    assert lines[3].startswith("960 h at 2.5 TFLOP/s: 4.8e+02 h an epoch, ")
+    assert float(lines[3].split()[-3]) == pytest.approx(heard * 960 / 9, rel=0.05)
+    with pytest.raises(ValueError, match=r"--tflops 0\.0: wanted"):
+        bench_train.count(bench_train.Steps(tflops=0.0))
