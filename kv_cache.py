@@ -30,10 +30,10 @@ class KVCache:
         that there is room for, if `advance` said so."""
         if self.k is None or self.v is None or len(self.k) != len(k):
             B, H, _, D = k.shape
-            self.k, self.v = k.new_zeros(B, H, self.max_len, D), v.new_zeros(B, H, self.max_len, D)
-            if self.static:  # a CUDA graph writes to where it wrote when it was recorded
-                torch._dynamo.mark_static_address(self.k)
-                torch._dynamo.mark_static_address(self.v)
+            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+            if self.static:  # what is masked has to be finite; a CUDA graph knows its addresses
+                torch._dynamo.mark_static_address(self.k.zero_())
+                torch._dynamo.mark_static_address(self.v.zero_())
         if self.at is not None:
             self.k.index_copy_(2, self.at, k)
             self.v.index_copy_(2, self.at, v)

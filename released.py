@@ -129,7 +129,8 @@ class Released:
     def compile_steps(self) -> None:
         """See pipeline.compile_steps."""
         m = self.models
-        compile_steps(m.asr_decoder, m.tokenizer, m.lm, m.vocoder)
+        heard = m.asr_encoder, m.asr_decoder, m.encoder
+        compile_steps(*heard, m.tokenizer, m.lm, m.vocoder)
 
     def mel(self, wav: Tensor, encoder: WhisperEncoder) -> Tensor:
         """wav (S,) at 16 kHz -> (1, M, F), all that the encoder can take; the rest is cut off."""
