@@ -81,9 +81,13 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as e:
-        if not (dist.is_initialized() and LOST.search(str(e))):
+        if "InvalidCxxCompiler" in str(e):  # torch's own class would take seconds to import
+            text = "--compile needs a C++ compiler, and none was found: install g++, or set CXX"
+        elif dist.is_initialized() and LOST.search(str(e)):
+            text = f"lost a process of this run: {GO_ON}"
+        else:
             raise
-        print(f"error: lost a process of this run: {GO_ON}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

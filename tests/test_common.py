@@ -105,6 +105,19 @@ def test_run_ends_an_interrupted_script_with_130(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_run_names_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    torch._dynamo.reset()
+    with pytest.raises(SystemExit) as e:
+        common.run(lambda: torch.compile(lambda x: x.sin() + 1)(torch.ones(3)))
+    assert e.value.code == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith("error: --compile needs a C++ compiler")
+
+
 def test_run_lets_our_own_mistakes_through() -> None:
     with pytest.raises(ZeroDivisionError):
         common.run(lambda: print(1 / 0))
