@@ -55,7 +55,7 @@ class Config(bench_train.Steps):
     threads: int = flag(2, "CPU threads")
     device: str = flag("auto", "auto, cpu or cuda")
     size: str = flag("full", "set by --preset", choices=SIZES)
-    bf16: bool = flag(False, "our large matrices in bf16")
+    bf16: bool = flag(False, "our large matrices in bf16; then sides are not compared")
     compile: bool = flag(False, "compile what we repeat")
     items: int = flag(1, "recordings that the encoder hears at once")
 

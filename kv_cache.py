@@ -30,7 +30,9 @@ class KVCache:
         that there is room for, if `advance` said so."""
         if self.k is None or self.v is None or len(self.k) != len(k):
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D)
+            # A static one is used again, perhaps outside of inference mode.
+            with torch.inference_mode(torch.is_inference_mode_enabled() and not self.static):
+                self.k, self.v = (x.new_empty(B, H, self.max_len, D) for x in (k, v))
             if self.static:  # what is masked has to be finite; a CUDA graph knows its addresses
                 torch._dynamo.mark_static_address(self.k.zero_())
                 torch._dynamo.mark_static_address(self.v.zero_())

@@ -171,6 +171,21 @@ def test_compiled_steps_agree_and_share_their_graphs(
     assert graphs[4:] == [graphs[4]] * 5  # from then on there are graphs for all
 
 
+@pytest.mark.parametrize("made", [llama, units, recognizer])
+def test_a_step_does_not_remember_in_which_mode_it_ran(
+    made: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    model, generate = made()
+    model.compile_steps()
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(generate(1, 5))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_a_step_is_compiled_only_where_it_has_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = list[int]()
 
