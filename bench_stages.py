@@ -2,8 +2,8 @@
 
     Case.ours() and Case.peer() give the same tensor; bench.py refuses to time them otherwise
 
-A peer is a library (bench_peers.py) or, where none has the stage, the way in which it is published:
-without a cache, or with one call for each branch of the guidance.
+A peer is a library (bench_peers.py) or, where none has the stage, the plain way: the published
+system generates words without a cache, and calls the estimator for each branch of the guidance.
 """
 
 from collections.abc import Callable
@@ -219,15 +219,17 @@ class Words:
         return "".join(f" {i}" for i in ids)
 
 
-def talk(sizes: Sizes, device: torch.device) -> tuple[SpokenLM, Callable[[int], Tensor]]:
-    """The spoken LM, and what goes on from so many prompts (B, N), greedy."""
+def talk(sizes: Sizes, device: torch.device) -> tuple[SpokenLM, Llama, Callable[[int], Tensor]]:
+    """The spoken LM; its Llama as published, with LoRA beside its layers; and what goes on from
+    so many prompts (B, N), greedy."""
     q = sizes.rvq
     config = SpokenLMConfig(
         sizes.llm, sos=1, audio_dim=q.dim, n_codebooks=q.quantizers, n_codes=q.codebook_size,
         latent_dim=q.codebook_dim,
     )  # fmt: skip
     model = SpokenLM(config, RVQ(q)).to(device).eval()
-    lora.fold(model.llm)
+    public = twin(model.llm)
+    lora.fold(model.llm)  # with a fresh B, which is 0, the weights stay those of the twin
     sets = VocabularySets.of(Words(), sizes.llm.vocab)
     codes = torch.randint(q.codebook_size, (30, q.quantizers))
     prompt = Prompt(torch.randint(sizes.llm.vocab, (30,)), torch.arange(30), codes)
@@ -238,12 +240,12 @@ def talk(sizes: Sizes, device: torch.device) -> tuple[SpokenLM, Callable[[int], 
         with torch.autocast(device.type, torch.bfloat16, enabled=halved):
             return torch.stack([x.ids for x in generate_all(model, sets, *told)])
 
-    return model, go_on
+    return model, public, go_on
 
 
 def spoken_lm(sizes: Sizes, device: torch.device, peers: bool) -> Case:
-    """Hidden states of some rows; what is published reads all rows for each."""
-    model, go_on = talk(sizes, device)
+    """Text logits of some rows; what is published reads all rows for each, and says all logits."""
+    model, public, go_on = talk(sizes, device)
     read: list[Tensor] = []
     hidden: list[Tensor] = []
     at = middles(sizes.said, sizes.skip)
@@ -258,22 +260,22 @@ def spoken_lm(sizes: Sizes, device: torch.device, peers: bool) -> Case:
         with_hook = model.llm.register_forward_hook(remember, with_kwargs=True)
         go_on(1)
         with_hook.remove()
-        return torch.cat(hidden, 1)[:, [*at]]
+        return model.llm.logits(torch.cat(hidden, 1)[:, [*at]])
 
     n = sizes.said
     case = Case(f"{n} words by the spoken LM, after 30", model, ours, n * size(model.llm))
     if peers:
-        plain = twin(model.llm)
 
         def theirs() -> Tensor:
-            return torch.cat([plain(embeddings=torch.cat(read[: i + 1], 1))[:, -1:] for i in at], 1)
+            rows = (public(embeddings=torch.cat(read[: i + 1], 1)) for i in at)
+            return torch.cat([public.logits(x)[:, -1:] for x in rows], 1)
 
-        case.peer, case.peer_name, case.peer_share = theirs, "no cache", len(at) / n
+        case.peer, case.peer_name, case.peer_share = theirs, "no cache, as published", len(at) / n
     return case
 
 
 def together(sizes: Sizes, device: torch.device, peers: bool) -> Case:
-    model, go_on = talk(sizes, device)
+    model, _, go_on = talk(sizes, device)
     n, B = sizes.said, sizes.batch
     what = f"{n} words for each of {B} prompts"
     case = Case(what, model, partial(go_on, B), n * size(model.llm))
@@ -287,7 +289,7 @@ def together(sizes: Sizes, device: torch.device, peers: bool) -> Case:
 
 
 def units(sizes: Sizes, device: torch.device, peers: bool) -> Case:
-    """Greedy units of a sentence; what is published reads the whole prefix for each."""
+    """Greedy units of a sentence; without a cache each reads the whole prefix."""
     cfg, n = sizes.unit_decoder, sizes.units
     text = torch.randint(cfg.vocab, (1, 30), device=device)
     audio, voice = torch.randn(1, 30, cfg.audio_dim), torch.randn(1, cfg.speaker_dim)
