@@ -146,6 +146,8 @@ def draw(tables: Tables, path: Path) -> None:
             (line,) = axis.loglog(x, y, marker="o", label=key[:-3])
             axis.loglog(x, [y[-1] * a / x[-1] for a in x], ":", color=line.get_color(), alpha=0.5)
         axis.set(xlabel=size, ylabel="s", title=name)
+        axis.set_xticks(x, [f"{a:g}" for a in x])
+        axis.minorticks_off()
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
