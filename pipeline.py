@@ -202,7 +202,7 @@ def ready(model: Model, bf16: bool) -> Model:
 
 def compile_steps(*models: nn.Module) -> None:
     """From now on what these repeat is compiled: a step of the LM, of the unit decoder and of the
-    recognizer (see kv_cache.Step), a step of the flow, the encoder. At first: a minute or more."""
+    recognizer (see kv_cache.Step), a step of the flow, the encoder. It takes minutes at first."""
     for part in (part for model in models for part in model.modules()):
         if isinstance(part, Llama | WhisperDecoder) or (isinstance(part, Stack) and part.is_lm):
             part.compile_steps()

@@ -95,7 +95,7 @@ class Config:
         False, "large matrices in bf16: half the memory, quicker on a GPU and on a CPU that has it"
     )
     compile: bool = flag(
-        False, "compile what is repeated: quicker on a GPU, but only after a minute of preparation"
+        False, "compile what is repeated: meant for a GPU; the first sentence waits minutes"
     )
 
 
